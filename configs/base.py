@@ -1,0 +1,87 @@
+"""Every key that a config may have, once: its meaning, unit and default. Experiments only override.
+
+The defaults are the reference's demo on 20BN-Jester: RViT with D 192, two layers, 36 frames of
+112 x 112 pixels, and its training recipe. Letters: see `rvit_jax/shapes.py`.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Returns the base config; the other files of this folder change what differs."""
+    config = ConfigDict()
+    config.seed = 8415  # of initial weights, shuffling and dropout; any integer from 0
+
+    config.model = ConfigDict()
+    config.model.image_size = 112  # H = W: pixels a side of the square frames that the model sees
+    config.model.patch_size = 8  # P: pixels a side of a patch; divides image_size
+    config.model.hidden_size = 192  # D: width of every token; num_heads divides it
+    config.model.num_layers = 2  # L
+    config.model.num_heads = 8  # A
+    config.model.mlp_dim = 768  # width inside each block's MLP
+    config.model.num_classes = 27  # K
+    config.model.attention = "linear"  # "linear" | "softmax" | "reattention"
+    config.model.readout = "class_token"  # "class_token" | "class_and_hidden_tokens"
+    config.model.head = "linear"  # "linear": LayerNorm, Linear | "mlp": MLP, Linear
+    # Carry the re-attention parameters that the later PyTorch source creates and never uses, so
+    # that its checkpoints convert there and back without loss. They take no part in anything.
+    config.model.unused_reattention = False
+    config.model.dropout_rate = 0.0  # on x + positions, at every layer of every frame
+    config.model.block_dropout_rate = 0.1  # on the attention output, in the MLPs, in the mlp head
+
+    # What training keeps of each frame for the gradient: "none" drops nothing and computes nothing
+    # twice | "dots": the matrix products only | "frames": the state between frames only.
+    config.model.remat = "dots"
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "jester"  # "jester" | "gestures" (generated; drawn when absent)
+    config.dataset.data_dir = "data/jester"  # holds the frame folders and the CSV files
+    config.dataset.classes = ()  # class names in index order; () = Jester's 27
+    config.dataset.num_frames = 36  # T: frames of a clip
+    config.dataset.frame_stride = 1  # source frames from one frame of a clip to the next
+    config.dataset.sampling = "head"  # "head": frames 0, k, 2k, ... of the video, k = frame_stride
+    # A video with fewer than num_frames frames: "repeat_last" repeats its last frame (the
+    # reference); "ragged" stops there: the model reads `num_frames` of each clip.
+    config.dataset.short_clips = "repeat_last"
+    # "rgb": real frames | "channel_planes": the reference's scrambled layout (its defect A).
+    config.dataset.frame_packing = "rgb"
+    # A control for evaluation, "forward" otherwise. "shuffled": the clip's frames in random order;
+    # "single": one of them, drawn uniformly, in place of all. Both leave no direction of time.
+    config.dataset.frame_order = "forward"
+    # Threads (0) or this many worker processes decode. Order and clips do not depend on it.
+    config.dataset.num_workers = 0
+    # Keep decoded clips in memory after their first use (num_workers = 0 only). Bytes needed:
+    # clips x num_frames x image_size^2 x 3.
+    config.dataset.cache = False
+    # What dataset.name = "gestures" draws when data_dir does not exist: clips per split, seed.
+    config.dataset.generate = ConfigDict()
+    config.dataset.generate.train = 0
+    config.dataset.generate.validation = 0
+    config.dataset.generate.test = 0
+    config.dataset.generate.seed = 0
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.betas = (0.9, 0.999)  # of Adam; the first one is SGD's momentum
+    config.optimizer.weight_decay = 0.01  # decoupled (AdamW), on every parameter
+    # "step": x step_factor every step_epochs, after a warm-up in powers of ten (the reference)
+    # | "cosine": linear warm-up, then a half cosine to 0, per step | "constant".
+    config.optimizer.schedule = "step"
+    config.optimizer.warmup_epochs = 0.0
+    config.optimizer.step_epochs = 10
+    config.optimizer.step_factor = 0.8
+    config.optimizer.clip_norm = 0.0  # clip gradients at this global norm; 0 = never
+    config.optimizer.frozen = ()  # parameter paths, as patterns ("patch_embedding/*"), kept as is
+
+    config.loss = ConfigDict()
+    config.loss.name = "smoothed_cross_entropy"  # "smoothed_cross_entropy" | "cross_entropy"
+    config.loss.label_smoothing = 0.1  # probability spread evenly over all K classes
+
+    config.batch_size = 32  # B: clips of one step, over all devices
+    config.num_epochs = 1000
+    config.evaluate_every_epochs = 1  # on the validation split
+    config.test_after_training = False  # evaluate the best checkpoint on the (labelled) test split
+    config.checkpoint_every_steps = 0  # besides one checkpoint after every evaluation; 0 = none
+    config.keep_checkpoints = 3  # the latest so many; the best one is always kept
+    return config

@@ -1,0 +1,56 @@
+"""A small RViT that learns generated gestures on a laptop.
+
+    python -m rvit_jax.main --config=configs/gestures.py        # 8 classes that differ in time only
+    python -m rvit_jax.main --config=configs/gestures.py:all    # Jester's 27 classes
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+# Four pairs; the clips of each pair are the other's run backwards.
+TIME_CLASSES = (
+    "Swiping Left",
+    "Swiping Right",
+    "Swiping Down",
+    "Swiping Up",
+    "Pushing Hand Away",
+    "Pulling Hand In",
+    "Turning Hand Clockwise",
+    "Turning Hand Counterclockwise",
+)
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Returns the config for the eight classes, or, for "all", for the 27."""
+    config = base.get_config()
+
+    config.model.image_size = 48
+    config.model.hidden_size = 96
+    config.model.num_heads = 4
+    config.model.mlp_dim = 384
+    config.model.num_classes = len(TIME_CLASSES)
+    config.model.attention = "softmax"
+    config.model.readout = "class_and_hidden_tokens"
+    config.model.block_dropout_rate = 0.0
+
+    config.dataset.name = "gestures"
+    config.dataset.data_dir = "data/gestures"
+    config.dataset.classes = TIME_CLASSES
+    config.dataset.num_frames = 15  # every third frame of 28 to 44: 10 to 15
+    config.dataset.frame_stride = 3
+    config.dataset.short_clips = "ragged"
+    config.dataset.cache = True
+    config.dataset.generate.train = 24_576
+    config.dataset.generate.validation = 2_048
+    config.dataset.generate.test = 2_048
+
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_epochs = 0.3
+    config.optimizer.clip_norm = 1.0
+
+    config.batch_size = 64
+    config.num_epochs = 4
+    config.test_after_training = True
+    return config

@@ -1,0 +1,173 @@
+"""Checks a config at the edge; each message names the key, the value and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_CHOICES = {
+    "model.attention": ("linear", "softmax", "reattention"),
+    "model.readout": ("class_token", "class_and_hidden_tokens"),
+    "model.head": ("linear", "mlp"),
+    "model.remat": ("none", "dots", "frames"),
+    "dataset.name": ("jester", "gestures"),
+    "dataset.sampling": ("head",),
+    "dataset.short_clips": ("repeat_last", "ragged"),
+    "dataset.frame_packing": ("rgb", "channel_planes"),
+    "dataset.frame_order": ("forward", "shuffled", "single"),
+    "optimizer.name": ("adamw", "adam", "sgd"),
+    "optimizer.schedule": ("step", "cosine", "constant"),
+    "loss.name": ("smoothed_cross_entropy", "cross_entropy"),
+}
+# Least and greatest value, both allowed; None: no limit.
+_RANGES = {
+    "seed": (0, 2**32 - 1),
+    "model.image_size": (1, None),
+    "model.patch_size": (1, None),
+    "model.hidden_size": (1, None),
+    "model.num_layers": (1, None),
+    "model.num_heads": (1, None),
+    "model.mlp_dim": (1, None),
+    "model.num_classes": (2, None),
+    "model.dropout_rate": (0.0, 0.99),
+    "model.block_dropout_rate": (0.0, 0.99),
+    "dataset.num_frames": (1, None),
+    "dataset.frame_stride": (1, None),
+    "dataset.num_workers": (0, None),
+    "dataset.generate.train": (0, None),
+    "dataset.generate.validation": (0, None),
+    "dataset.generate.test": (0, None),
+    "dataset.generate.seed": (0, None),
+    "optimizer.learning_rate": (0.0, None),
+    "optimizer.weight_decay": (0.0, None),
+    "optimizer.warmup_epochs": (0.0, None),
+    "optimizer.step_epochs": (1, None),
+    "optimizer.step_factor": (0.0, None),
+    "optimizer.clip_norm": (0.0, None),
+    "loss.label_smoothing": (0.0, 1.0),
+    "batch_size": (1, None),
+    "num_epochs": (1, None),
+    "evaluate_every_epochs": (1, None),
+    "checkpoint_every_steps": (0, None),
+    "keep_checkpoints": (1, None),
+}
+
+
+def leaf_keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All keys of a config, dotted ("model.num_heads")."""
+    keys = []
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        keys.extend(leaf_keys(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"])
+    return keys
+
+
+def lookup(config: ConfigDict, dotted: str) -> Any:
+    """The value of a dotted key; None where the config has no such key."""
+    value = config
+    for part in dotted.split("."):
+        value = value.get(part) if isinstance(value, ConfigDict) else None
+    return value
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """"; did you mean 'x'?" for the choice nearest to `name`, or the list of all."""
+    choices = list(choices)
+    nearest = difflib.get_close_matches(name, choices, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(choices)}"
+
+
+def check_model_config(model: ConfigDict) -> None:
+    """Raises ValueError where `config.model` cannot make a model."""
+    _check_values(ConfigDict({"model": model}))
+    if model.image_size % model.patch_size:
+        raise ValueError(
+            f"config.model.image_size={model.image_size} is not divisible by "
+            f"config.model.patch_size={model.patch_size}: frames are cut in whole patches; "
+            f"take {_nearest_multiple(model.image_size, model.patch_size)}"
+        )
+    if model.hidden_size % model.num_heads:
+        heads = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
+        nearest = min(heads, key=lambda n: abs(n - model.num_heads))
+        raise ValueError(
+            f"config.model.num_heads={model.num_heads} does not divide "
+            f"config.model.hidden_size={model.hidden_size}: heads share its channels evenly; "
+            f"the nearest number that does is {nearest}"
+        )
+    if model.unused_reattention and model.attention == "reattention":
+        raise ValueError(
+            "config.model.unused_reattention=True is for attention 'linear' and 'softmax'; "
+            "'reattention' uses these parameters: set it to False"
+        )
+
+
+def check_config(config: ConfigDict, reference: ConfigDict) -> None:
+    """Checks a whole config before anything is read or written.
+
+    Args:
+        config: the config of a run.
+        reference: `configs/base.py`'s, which holds every key with a value of the right type.
+
+    Raises:
+        ValueError: an unknown or missing key, a wrong type, a value out of range, or two values
+            that contradict each other.
+    """
+    known, given = leaf_keys(reference), leaf_keys(config)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"config has no key {key!r}{suggest(key, known)}")
+    for key in known:
+        if key not in given:
+            raise ValueError(f"config lacks the key {key!r}: start from configs/base.py")
+        value, default = lookup(config, key), lookup(reference, key)
+        fits = isinstance(value, type(default)) and not (
+            isinstance(value, bool) and not isinstance(default, bool)
+        )
+        if not fits and not (isinstance(default, float) and isinstance(value, int)):
+            raise ValueError(
+                f"config.{key}={value!r} is {type(value).__name__}, expected "
+                f"{type(default).__name__}, such as {default!r}"
+            )
+    _check_values(config)
+    check_model_config(config.model)
+    _check_dataset(config)
+    if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
+        raise ValueError(f"config.optimizer.betas={config.optimizer.betas}: two numbers in [0, 1)")
+
+
+def _check_values(config: ConfigDict) -> None:
+    """Choices and ranges of the keys that `config` has."""
+    for key in leaf_keys(config):
+        value = lookup(config, key)
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"config.{key}={value!r} is unknown{suggest(value, _CHOICES[key])}")
+        least, most = _RANGES.get(key, (None, None))
+        if (least is not None and not value >= least) or (most is not None and not value <= most):
+            limits = f"at least {least}" if most is None else f"{least} to {most}"
+            raise ValueError(f"config.{key}={value} is out of range: {limits}")
+
+
+def _check_dataset(config: ConfigDict) -> None:
+    dataset = config.dataset
+    if dataset.classes and len(dataset.classes) != config.model.num_classes:
+        raise ValueError(
+            f"config.dataset.classes names {len(dataset.classes)} classes, but "
+            f"config.model.num_classes={config.model.num_classes}: make them agree"
+        )
+    if len(set(dataset.classes)) != len(dataset.classes):
+        raise ValueError(f"config.dataset.classes names a class twice: {list(dataset.classes)}")
+    if dataset.frame_packing == "channel_planes" and dataset.short_clips == "ragged":
+        raise ValueError(
+            "config.dataset.frame_packing='channel_planes' mixes a clip's frames and needs all "
+            "num_frames of them: set config.dataset.short_clips='repeat_last'"
+        )
+    if dataset.cache and dataset.num_workers:
+        raise ValueError(
+            "config.dataset.cache=True keeps clips in this process's memory: set "
+            "config.dataset.num_workers=0 (threads decode), or cache=False"
+        )
+
+
+def _nearest_multiple(value: int, factor: int) -> int:
+    return max(1, round(value / factor)) * factor

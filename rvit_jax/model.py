@@ -1,0 +1,361 @@
+"""RViT: a vision transformer whose layers carry a state from frame to frame.
+
+"Recurring the Transformer for Video Action Recognition" (CVPR 2022). For each frame and layer,
+with that layer's state `hidden` [S, D] (the reference's `model/RViT.py`):
+
+    x      = x + positions                         the same positions before every layer
+    g      = hidden + positions                    and in every frame
+    a      = attention_gate(LN(x), LN(g))
+    hidden = a + g
+    y      = x + a
+    x      = y + MLP(LN(y))
+
+`RViT.encode_frame` is this cell, one frame through all layers; `RViT.__call__` is
+`jax.lax.scan` of the cell over the frames of a clip; `RViT.step` is the cell and the read-out.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from rvit_jax.attention import AttentionGate
+from rvit_jax.config import check_model_config
+from rvit_jax.layers import MLP, LayerNorm, Linear, split_key, uniform_fan_in
+from rvit_jax.shapes import ClassTokens, Frame, Hidden, Logits, Mask, NumFrames, PRNGKey
+from rvit_jax.shapes import Tokens, Video
+
+# What training keeps of each frame for the gradient, by `config.model.remat`.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "frames": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def normalise(video: Video | Frame) -> Video | Frame:
+    """uint8 [0, 255] to float32 [-1, 1] with the reference's two steps; floats pass unchanged."""
+    if video.dtype != jnp.uint8:
+        return video
+    return (video.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+
+
+class PatchEmbedding(nnx.Module):
+    """Cuts a frame in P x P patches, row by row, and projects each: a convolution of stride P."""
+
+    def __init__(self, patch_size: int, hidden_size: int, *, rngs: nnx.Rngs):
+        init = uniform_fan_in(3 * patch_size**2)
+        self.patch_size = patch_size
+        kernel_shape = (patch_size, patch_size, 3, hidden_size)
+        self.kernel = nnx.Param(init(rngs.params(), kernel_shape))
+        self.bias = nnx.Param(init(rngs.params(), (hidden_size,)))
+
+    def __call__(self, frame: Frame) -> Tokens:
+        """Returns [B, N, D] for a frame [B, H, W, 3] in [-1, 1]."""
+        batch, height, width, channels = frame.shape
+        size = self.patch_size
+        patches = frame.reshape(batch, height // size, size, width // size, size, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
+        patches = patches.reshape(batch, -1, size * size * channels)
+        kernel = self.kernel[...].reshape(size * size * channels, -1)
+        return patches @ kernel + self.bias[...]
+
+
+class EncoderBlock(nnx.Module):
+    """One layer for one frame: the attention gate, the new state, the MLP."""
+
+    def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
+        size = config.hidden_size
+        self.norm_input = LayerNorm(size, rngs=rngs)
+        self.norm_hidden = LayerNorm(size, rngs=rngs)
+        self.norm_out = LayerNorm(size, rngs=rngs)
+        self.attention = AttentionGate(
+            size,
+            config.num_heads,
+            config.attention,
+            unused_reattention=config.unused_reattention,
+            rngs=rngs,
+        )
+        self.mlp = MLP(size, config.mlp_dim, config.block_dropout_rate, rngs=rngs)
+        self.dropout = nnx.Dropout(config.block_dropout_rate)
+
+    def __call__(
+        self, x: Tokens, g: Tokens, key: PRNGKey | None = None, *, class_token_only: bool = False
+    ) -> tuple[Tokens, Tokens]:
+        """Returns the layer's output and its new state.
+
+        Args:
+            x: the frame's tokens [B, S, D], positions added.
+            g: the layer's state [B, S, D], positions added.
+            key: for dropout, in training mode.
+            class_token_only: compute the output of token 0 alone, [B, 1, D]. The state is
+                whole either way. The last layer's other outputs reach nothing.
+        """
+        attention_key, mlp_key = split_key(key)
+        a = self.attention(self.norm_input(x), self.norm_hidden(g))
+        hidden = a + g  # not dropped out: the reference drops only the copy that x gets
+        if class_token_only:
+            x, a = x[:, :1], a[:, :1]
+        y = x + self.dropout(a, rngs=attention_key)
+        return y + self.mlp(self.norm_out(y), mlp_key), hidden
+
+
+class LinearHead(nnx.Module):
+    """LayerNorm, Linear: the head of the released archive (`classifier`)."""
+
+    def __init__(self, size: int, num_classes: int, *, rngs: nnx.Rngs):
+        self.norm = LayerNorm(size, rngs=rngs)
+        self.dense = Linear(size, num_classes, rngs=rngs)
+
+    def __call__(self, features: ClassTokens, key: PRNGKey | None = None) -> Logits:
+        """Returns logits [B, K]; the head has no dropout and ignores `key`."""
+        return self.dense(self.norm(features))
+
+
+class MLPHead(nnx.Module):
+    """MLP, Linear: the head of the reference's later source (`fc`)."""
+
+    def __init__(self, size: int, num_classes: int, dropout_rate: float, *, rngs: nnx.Rngs):
+        self.mlp = MLP(size, 4 * size, dropout_rate, rngs=rngs)
+        self.dense = Linear(size, num_classes, rngs=rngs)
+
+    def __call__(self, features: ClassTokens, key: PRNGKey | None = None) -> Logits:
+        """Returns logits [B, K]; `key` seeds the dropout in training mode."""
+        return self.dense(self.mlp(features, key))
+
+
+class RViT(nnx.Module):
+    """The recurrent vision transformer.
+
+    Args:
+        config: `config.model`, see `configs/base.py`.
+        rngs: for the initial parameters, drawn from the distributions that PyTorch draws from.
+
+    Raises:
+        ValueError: a key is missing, out of range, or contradicts another.
+    """
+
+    def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
+        check_model_config(config)
+        size, num_layers = config.hidden_size, config.num_layers
+        num_patches = (config.image_size // config.patch_size) ** 2
+        unit_normal = nnx.initializers.normal(1.0)
+        self.image_size = config.image_size
+        self.readout = config.readout
+        self.remat = config.remat
+        self.num_patches = num_patches
+        self.patch_embedding = PatchEmbedding(config.patch_size, size, rngs=rngs)
+        self.class_token = nnx.Param(unit_normal(rngs.params(), (1, 1, size)))
+        self.pos_embedding = nnx.Param(unit_normal(rngs.params(), (1, num_patches + 1, size)))
+        self.hidden_class_token = nnx.Param(unit_normal(rngs.params(), (num_layers, 1, 1, size)))
+        self.layers = nnx.List([EncoderBlock(config, rngs=rngs) for _ in range(num_layers)])
+        self.dropout = nnx.Dropout(config.dropout_rate)
+        features = size * (num_layers + 1 if config.readout == "class_and_hidden_tokens" else 1)
+        if config.head == "linear":
+            self.head = LinearHead(features, config.num_classes, rngs=rngs)
+        else:
+            rate = config.block_dropout_rate
+            self.head = MLPHead(features, config.num_classes, rate, rngs=rngs)
+        self.dropout_rates = (config.dropout_rate, config.block_dropout_rate)
+
+    def initial_hidden(self, batch_size: int) -> Hidden:
+        """The state before the first frame: a learned token 0 per layer, zeros elsewhere."""
+        num_layers, _, _, size = self.hidden_class_token.shape
+        class_tokens = jnp.broadcast_to(
+            self.hidden_class_token[...], (num_layers, batch_size, 1, size)
+        )
+        zeros = jnp.zeros((num_layers, batch_size, self.num_patches, size), class_tokens.dtype)
+        return jnp.concatenate([class_tokens, zeros], axis=2)
+
+    def encode_frame(
+        self, frame: Frame, hidden: Hidden, key: PRNGKey | None = None
+    ) -> tuple[ClassTokens, Hidden]:
+        """One frame through all layers: the recurrent cell.
+
+        Args:
+            frame: [B, H, W, 3], float in [-1, 1] or uint8.
+            hidden: the state after the frame before, [L, B, S, D].
+            key: for dropout, in training mode.
+
+        Returns:
+            The class token [B, D] after the last layer, and the state [L, B, S, D].
+        """
+        patches = self.patch_embedding(normalise(frame))  # [B, N, D]
+        class_tokens = jnp.broadcast_to(
+            self.class_token[...], (len(patches), 1, patches.shape[-1])
+        )
+        x = jnp.concatenate([class_tokens, patches], axis=1)  # [B, S, D]
+        positions = self.pos_embedding[...]
+        keys = split_key(key, 2 * len(self.layers))
+        new_hidden = []
+        for index, layer in enumerate(self.layers):
+            x = self.dropout(x + positions, rngs=keys[2 * index])
+            x, layer_hidden = layer(
+                x,
+                hidden[index] + positions,
+                keys[2 * index + 1],
+                class_token_only=index == len(self.layers) - 1,
+            )
+            new_hidden.append(layer_hidden)
+        return x[:, 0], jnp.stack(new_hidden)
+
+    def read_out(
+        self, class_token: ClassTokens, hidden: Hidden, key: PRNGKey | None = None
+    ) -> Logits:
+        """Logits [B, K] from the class token of a frame and the state after it."""
+        features = [class_token]
+        if self.readout == "class_and_hidden_tokens":
+            features.extend(hidden[:, :, 0])  # L times [B, D]
+        return self.head(jnp.concatenate(features, axis=-1), key)
+
+    def __call__(
+        self,
+        video: Video,
+        hidden: Hidden | None = None,
+        num_frames: NumFrames | None = None,
+        *,
+        rngs: PRNGKey | None = None,
+    ) -> tuple[Logits, Hidden]:
+        """Reads clips, frame by frame, and answers after the last one.
+
+        Args:
+            video: [B, T, H, W, 3], float in [-1, 1] or uint8; T is free.
+            hidden: the state to go on from, [L, B, S, D]; `initial_hidden` by default.
+            num_frames: real frames of each clip, [B], 1 to T; all by default. A clip's state and
+                read-out stay as they are after its last real frame.
+            rngs: a key, in training mode with dropout.
+
+        Returns:
+            Logits [B, K] and the state [L, B, S, D] after each clip's last real frame.
+
+        Raises:
+            ValueError: a shape or `num_frames` does not fit, or a key is missing.
+        """
+        self._check_frames(video, "video [B, T, H, W, 3]", rank=5)
+        check_num_frames(num_frames, video.shape[0], video.shape[1])
+        if rngs is None and not self.dropout.deterministic and any(self.dropout_rates):
+            raise ValueError(
+                "the model is in training mode with dropout: pass rngs=jax.random.key(...), or "
+                "call model.eval() first"
+            )
+        if hidden is None:
+            hidden = self.initial_hidden(len(video))
+        self._check_hidden(hidden, len(video))
+        frames_key, head_key = split_key(rngs)
+
+        def read_frame(carry, inputs):
+            class_token, hidden = carry
+            t, frame = inputs
+            key = None if frames_key is None else jax.random.fold_in(frames_key, t)
+            new_carry = self.encode_frame(frame, hidden, key)
+            if num_frames is not None:
+                active = (t < num_frames)[:, None]  # [B, 1]
+                new_carry = (
+                    jnp.where(active, new_carry[0], class_token),
+                    jnp.where(active[..., None], new_carry[1], hidden),
+                )
+            return new_carry, None
+
+        no_token = jnp.zeros((len(video), hidden.shape[-1]), hidden.dtype)
+        frames = (jnp.arange(video.shape[1]), jnp.moveaxis(video, 1, 0))  # [T], [T, B, H, W, 3]
+        if self.remat != "none":
+            # Training keeps less per frame and computes the rest again on the way back.
+            read_frame = jax.checkpoint(read_frame, policy=REMAT_POLICIES[self.remat])
+        (class_token, hidden), _ = jax.lax.scan(read_frame, (no_token, hidden), frames)
+        return self.read_out(class_token, hidden, head_key), hidden
+
+    def step(
+        self, frame: Frame, hidden: Hidden, active: Mask | None = None
+    ) -> tuple[Logits, Hidden]:
+        """Reads one frame of each stream and answers; T steps equal one call on T frames.
+
+        Args:
+            frame: [B, H, W, 3], float in [-1, 1] or uint8.
+            hidden: the state after the frame before, [L, B, S, D].
+            active: [B]; a stream that is not keeps its state, and its logits are NaN.
+
+        Returns:
+            Logits [B, K] and the new state [L, B, S, D].
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        self._check_frames(frame, "frame [B, H, W, 3]", rank=4)
+        self._check_hidden(hidden, len(frame))
+        class_token, new_hidden = self.encode_frame(frame, hidden)
+        logits = self.read_out(class_token, new_hidden)
+        if active is not None:
+            logits = jnp.where(active[:, None], logits, jnp.nan)
+            new_hidden = jnp.where(active[:, None, None], new_hidden, hidden)
+        return logits, new_hidden
+
+    def _check_frames(self, frames: Video | Frame, name: str, *, rank: int) -> None:
+        side = self.image_size
+        if frames.ndim != rank or frames.shape[-3:] != (side, side, 3) or 0 in frames.shape:
+            raise ValueError(
+                f"{name}: got shape {frames.shape}, but the model reads frames of "
+                f"{side} x {side} pixels, channels last; resize them first (`loaded.preprocess`)"
+            )
+
+    def _check_hidden(self, hidden: Hidden, batch_size: int) -> None:
+        num_layers, _, _, size = self.hidden_class_token.shape
+        expected = (num_layers, batch_size, self.num_patches + 1, size)
+        if hidden.shape != expected:
+            raise ValueError(
+                f"hidden: got shape {hidden.shape}, expected [L, B, S, D] = {expected}; start from "
+                f"model.initial_hidden({batch_size})"
+            )
+
+
+def check_num_frames(num_frames: NumFrames | None, batch_size: int, most: int) -> None:
+    """Raises ValueError unless `num_frames` is [B] in 1...T; values under a trace pass."""
+    if num_frames is None:
+        return
+    if num_frames.shape != (batch_size,):
+        raise ValueError(f"num_frames: got shape {num_frames.shape}, expected [B] = ({batch_size},)")
+    if isinstance(num_frames, jax.core.Tracer):
+        return
+    values = np.asarray(num_frames)
+    if (values < 1).any() or (values > most).any():
+        raise ValueError(f"num_frames: {values.tolist()}, but a clip here has 1 to {most} frames")
+
+
+class CompiledRViT:
+    """An `RViT` whose calls are compiled, once per shape, and do not walk the module.
+
+    `nnx.jit` takes a module apart at every call, which costs about as long as a small model's
+    step; here it is taken apart once. Changing the module afterwards changes nothing here.
+
+    Attributes:
+        module: the model that this was made from.
+    """
+
+    def __init__(self, module: RViT):
+        self.module = module
+        graphdef, state = nnx.split(module)
+        self._leaves, treedef = jax.tree.flatten(state)
+
+        def merge(leaves: list[jax.Array]) -> RViT:
+            return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+        self._call = jax.jit(lambda leaves, *args: merge(leaves)(*args))
+        self._step = jax.jit(lambda leaves, *args: merge(leaves).step(*args))
+
+    def __call__(
+        self, video: Video, hidden: Hidden | None = None, num_frames: NumFrames | None = None
+    ) -> tuple[Logits, Hidden]:
+        """`RViT.__call__`."""
+        if num_frames is not None:
+            num_frames = jnp.asarray(num_frames)
+            check_num_frames(num_frames, len(video), video.shape[1])
+        return self._call(self._leaves, jnp.asarray(video), hidden, num_frames)
+
+    def step(
+        self, frame: Frame, hidden: Hidden, active: Mask | None = None
+    ) -> tuple[Logits, Hidden]:
+        """`RViT.step`."""
+        return self._step(self._leaves, frame, hidden, active)
+
+    def initial_hidden(self, batch_size: int) -> Hidden:
+        """`RViT.initial_hidden`."""
+        return self.module.initial_hidden(batch_size)

@@ -1,0 +1,105 @@
+"""One training step and one evaluation step: pure functions of arrays, compiled by the caller."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+from jaxtyping import Array
+
+from rvit_jax.model import RViT
+
+Batch = dict[str, Array]  # video [B,T,H,W,3], label [B], num_frames [B], mask [B]
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes.
+
+    Attributes:
+        step: updates made so far.
+        params: what is trained.
+        fixed: the model's other variables (unused re-attention parameters).
+        opt_state: the optimizer's.
+    """
+
+    step: Array
+    params: nnx.State
+    fixed: nnx.State
+    opt_state: optax.OptState
+
+
+def create_train_state(
+    model: RViT, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+    """Splits a model into its structure, in training mode, and the state of step 0."""
+    model.train()
+    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)
+    opt_state = optimizer.init(params)
+    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss_per_clip: Callable[[Array, Array], Array],
+    *,
+    seed: int,
+    ragged: bool,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The function (state, batch) -> (state, sums over the batch's real clips).
+
+    Dropout is a function of `seed` and the step alone, so that a resumed run draws the same.
+
+    Args:
+        graphdef: from `create_train_state`.
+        optimizer: see `rvit_jax.optimizer`.
+        loss_per_clip: see `rvit_jax.losses`.
+        seed: of the dropout.
+        ragged: clips differ in `num_frames`; False spares the masking of each frame.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        mask = batch["mask"].astype(jnp.float32)
+        num_clips = mask.sum()
+
+        def mean_loss(params: nnx.State) -> tuple[Array, Array]:
+            model = nnx.merge(graphdef, params, state.fixed)
+            num_frames = batch["num_frames"] if ragged else None
+            logits, _ = model(batch["video"], num_frames=num_frames, rngs=key)
+            losses = loss_per_clip(logits, batch["label"])
+            return (losses * mask).sum() / jnp.maximum(num_clips, 1.0), logits
+
+        (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        sums = {
+            "clips": num_clips,
+            "loss": loss * num_clips,
+            "right": ((logits.argmax(-1) == batch["label"]) * mask).sum(),
+            "grad_norm": optax.global_norm(grads),
+        }
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), sums
+
+    return train_step
+
+
+def make_eval_step(
+    graphdef: nnx.GraphDef, loss_per_clip: Callable[[Array, Array], Array], *, ragged: bool
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
+    """The function (params, fixed, batch) -> (logits [B, K], loss [B]), without dropout.
+
+    `graphdef` may be of a model in either mode.
+    """
+
+    def eval_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        model = nnx.merge(graphdef, params, fixed)
+        model.eval()
+        num_frames = batch["num_frames"] if ragged else None
+        logits, _ = model(batch["video"], num_frames=num_frames)
+        # A split without labels says -1, for which the loss means nothing and is not read.
+        return logits, loss_per_clip(logits, jnp.maximum(batch["label"], 0))
+
+    return eval_step

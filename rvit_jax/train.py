@@ -1,0 +1,287 @@
+"""Training: the loop, its checkpoints and its records.
+
+    batch -> train step -> ... -> validation -> metrics.jsonl, TensorBoard -> checkpoint
+"""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+import input_pipeline
+from rvit_jax import checkpoint, evaluate, losses, optimizer, steps
+from rvit_jax.model import RViT
+
+# Seconds between two looks at the device's sums: each look waits for the device.
+LOOK_EVERY_S = 2.0
+
+
+class Interrupted(Exception):  # noqa: N818 - the run was asked to stop; nothing failed
+    """A signal asked the run to stop; its state is saved.
+
+    Attributes:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int):
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+
+
+class _StopRequest:
+    """Set by the first SIGINT or SIGTERM; the second one ends the process at once."""
+
+    def __init__(self):
+        self.signum: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signum is not None
+
+    def _handle(self, signum: int, _frame) -> None:
+        if self.signum is not None:
+            os._exit(128 + signum)
+        self.signum = signum
+        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator["_StopRequest"]:
+        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+class Records:
+    """`WORKDIR/metrics.jsonl`, a line per evaluation, and TensorBoard's files beside it."""
+
+    def __init__(self, workdir: Path):
+        from clu import metric_writers  # imports TensorFlow: slow, and only training needs it
+
+        self._path = Path(workdir) / "metrics.jsonl"
+        self._writer = metric_writers.create_default_writer(os.fspath(workdir))
+
+    def cut_back(self, step: int) -> dict[str, Any] | None:
+        """Drops records after `step`, which will be made again; returns that of `step` itself."""
+        if not self._path.exists():
+            return None
+        records = [json.loads(line) for line in self._path.read_text().splitlines() if line]
+        records = [record for record in records if record["step"] <= step]
+        aside = self._path.with_name(f".{self._path.name}.tmp")
+        aside.write_text("".join(json.dumps(record) + "\n" for record in records))
+        os.replace(aside, self._path)
+        return records[-1] if records and records[-1]["step"] == step else None
+
+    def write(self, record: dict[str, Any], training: dict[str, float]) -> None:
+        """Appends an evaluation; `training` goes to TensorBoard with it."""
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        scalars = {f"validation/{key}": record[key] for key in ("top1", "top5", "loss")}
+        scalars.update({f"train/{key}": value for key, value in training.items()})
+        self._writer.write_scalars(record["step"], scalars)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Finishes TensorBoard's files."""
+        self._writer.close()
+
+
+class _TrainingSums:
+    """Sums of the steps since the last evaluation; fetched seldom, since that waits."""
+
+    def __init__(self):
+        self._pending: list[dict[str, jax.Array]] = []
+        self._looked = time.monotonic()
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts anew, after an evaluation."""
+        self._total = {"clips": 0.0, "loss": 0.0, "right": 0.0}
+        self._steps = 0
+
+    def add(self, sums: dict[str, jax.Array]) -> bool:
+        """Takes a step's sums; True when it was time to look and they were fetched."""
+        self._pending.append(sums)
+        if time.monotonic() - self._looked < LOOK_EVERY_S:
+            return False
+        self.fetch()
+        return True
+
+    def fetch(self) -> None:
+        """Waits for the device and checks the losses.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        for sums in jax.device_get(self._pending):
+            self._steps += 1
+            if not math.isfinite(sums["loss"]):
+                raise FloatingPointError(
+                    "the training loss is not finite: lower config.optimizer.learning_rate or set "
+                    "config.optimizer.clip_norm; the last checkpoint is from before"
+                )
+            for key in self._total:
+                self._total[key] += float(sums[key])
+        self._pending.clear()
+        self._looked = time.monotonic()
+
+    def means(self) -> dict[str, float]:
+        """Loss and top1 over the clips trained on since `reset`."""
+        clips = max(self._total["clips"], 1.0)
+        return {"loss": self._total["loss"] / clips, "top1": self._total["right"] / clips}
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
+    """Trains a model, or goes on where `workdir` stands, evaluating as it goes.
+
+    Args:
+        config: checked, see `config.check_config`.
+        workdir: takes checkpoints, `model.json`, `metrics.jsonl`, TensorBoard's files and the
+            final evaluation.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the state is saved and the same command goes on.
+        ValueError: config, data or checkpoint do not fit together.
+        FileNotFoundError: data is missing.
+        FloatingPointError: a loss is not finite.
+    """
+    train_data = input_pipeline.get_dataset(config, "train")
+    validation_data = input_pipeline.get_dataset(config, "validation")
+    run = _Run(config, workdir, train_data, validation_data)
+    description = checkpoint.describe_model(config, train_data.class_names)
+    with (
+        checkpoint.Checkpoints(workdir, description, keep=config.keep_checkpoints) as checkpoints,
+        _StopRequest().listen() as stop,
+    ):
+        run.train(checkpoints, stop)
+    train_data.close()
+    validation_data.close()
+    if config.test_after_training:
+        record = evaluate.evaluate(config, workdir, "test", workdir)
+        print(f"test: {_percentages(record)}, checkpoint of step {record['step']}")
+
+
+class _Run:
+    """A training run: what stays the same from step to step."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, train_data, validation_data):
+        self.config, self.workdir = config, Path(workdir)
+        self.train_data, self.validation_data = train_data, validation_data
+        self.steps_per_epoch = train_data.steps_per_epoch
+        self.total_steps = config.num_epochs * self.steps_per_epoch
+        schedule = optimizer.learning_rate_schedule(
+            config.optimizer, self.steps_per_epoch, config.num_epochs
+        )
+        model = RViT(config.model, rngs=nnx.Rngs(config.seed))
+        transformation = optimizer.make_optimizer(config.optimizer, schedule)
+        graphdef, self.initial_state = steps.create_train_state(model, transformation)
+        loss_per_clip = losses.make_loss(config.loss)
+        ragged = evaluate.is_ragged(config)
+        train_step = steps.make_train_step(
+            graphdef, transformation, loss_per_clip, seed=config.seed, ragged=ragged
+        )
+        self.train_step = jax.jit(train_step, donate_argnums=0)
+        self.eval_step = jax.jit(steps.make_eval_step(graphdef, loss_per_clip, ragged=ragged))
+        self.schedule = schedule
+
+    def train(self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest) -> None:
+        """The loop; see `train_and_evaluate`."""
+        state, record = self.initial_state, None
+        step = 0
+        records = Records(self.workdir)
+        restored = checkpoints.restore_latest(state)
+        if restored is not None:
+            state, position = restored
+            self.train_data.set_state(position)
+            step = int(state.step)
+            print(f"resuming {self.workdir} at step {step} of {self.total_steps}")
+        record = records.cut_back(step)
+        sums = _TrainingSums()
+        with contextlib.closing(records), self._progress_bar(step) as bar:
+            while True:
+                if self._evaluation_is_due(step) and record is None:
+                    sums.fetch()
+                    record = self._validate(state, stop)
+                    if record is not None:
+                        records.write(record, {**sums.means(), "lr": float(self.schedule(step))})
+                        self._report(bar, step, sums.means(), record)
+                        sums.reset()
+                        checkpoints.save(state, self.train_data.get_state(), record)
+                if stop:
+                    checkpoints.save(state, self.train_data.get_state(), record)
+                    checkpoints.wait()
+                    raise Interrupted(stop.signum)
+                if step >= self.total_steps:
+                    checkpoints.save(state, self.train_data.get_state(), record)
+                    checkpoints.wait()
+                    return
+                batch = next(self.train_data)
+                state, step_sums = self.train_step(state, evaluate.on_device(batch))
+                step, record = step + 1, None
+                if sums.add(step_sums):
+                    means = sums.means()
+                    bar.set_postfix_str(f"loss {means['loss']:.3f}, top1 {means['top1']:.1%}")
+                bar.update(int(batch["mask"].sum()))
+                every = self.config.checkpoint_every_steps
+                if every and step % every == 0 and not self._evaluation_is_due(step):
+                    sums.fetch()  # a state with a loss that is not finite is not saved
+                    checkpoints.save(state, self.train_data.get_state(), None)
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self.config.evaluate_every_epochs * self.steps_per_epoch
+        return step > 0 and (step % every == 0 or step == self.total_steps)
+
+    def _validate(self, state: steps.TrainState, stop: _StopRequest) -> dict[str, Any] | None:
+        """The validation record of a state; None when a signal came in between."""
+        self.validation_data.rewind()
+        result = evaluate.evaluate_split(
+            self.eval_step,
+            state.params,
+            state.fixed,
+            self.validation_data,
+            num_classes=self.config.model.num_classes,
+            progress="validation",
+            should_stop=lambda: bool(stop),
+        )
+        if result is None:
+            return None
+        step = int(state.step)
+        folder = self.workdir / "checkpoints" / str(step)
+        return evaluate.make_record(
+            result, "validation", self.config.dataset.frame_order, folder, step
+        )
+
+    def _report(self, bar: tqdm, step: int, training: dict[str, float], record) -> None:
+        epoch = step / self.steps_per_epoch
+        bar.write(
+            f"epoch {epoch:g}/{self.config.num_epochs}, step {step}: training loss "
+            f"{training['loss']:.4f}, top1 {training['top1']:.2%}; validation "
+            f"{_percentages(record)}"
+        )
+
+    def _progress_bar(self, step: int) -> tqdm:
+        clips = self.train_data.num_clips
+        return tqdm(
+            total=self.config.num_epochs * clips,
+            initial=round(step / self.steps_per_epoch * clips),
+            desc="training",
+            unit="clip",
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            dynamic_ncols=True,
+        )
+
+
+def _percentages(record: dict[str, Any]) -> str:
+    return f"loss {record['loss']:.4f}, top1 {record['top1']:.2%}, top5 {record['top5']:.2%}"
