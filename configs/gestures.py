@@ -1,7 +1,7 @@
 """A small RViT that learns generated gestures on a laptop.
 
-    python -m rvit_jax.main --config=configs/gestures.py        # 8 classes that differ in time only
-    python -m rvit_jax.main --config=configs/gestures.py:all    # Jester's 27 classes
+python -m rvit_jax.main --config=configs/gestures.py        # 8 classes that differ in time only
+python -m rvit_jax.main --config=configs/gestures.py:all    # Jester's 27 classes
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +26,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = base.get_config()
 
     config.model.image_size = 48
+    config.model.patch_size = 12
     config.model.hidden_size = 96
     config.model.num_heads = 4
     config.model.mlp_dim = 384
@@ -51,6 +52,19 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.batch_size = 64
-    config.num_epochs = 4
+    config.num_epochs = 3
     config.test_after_training = True
+
+    if variant == "all":
+        config.model.num_classes = 27
+        config.dataset.classes = ()
+        config.dataset.data_dir = "data/gestures_all"
+        config.dataset.generate.train = 49_152
+        config.dataset.generate.validation = 4_096
+        config.dataset.generate.test = 4_096
+        config.num_epochs = 8
+    elif variant is not None:
+        raise ValueError(
+            f"configs/gestures.py has no variant {variant!r}: leave it out, or say :all"
+        )
     return config

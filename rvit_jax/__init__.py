@@ -1,7 +1,7 @@
 """RViT, a recurrent vision transformer for video action recognition, in JAX and Flax NNX.
 
-    loaded = rvit_jax.load("results/gestures")
-    logits, hidden = loaded.model(loaded.preprocess(frames)[None])
+loaded = rvit_jax.load("results/gestures")
+logits, hidden = loaded.model(loaded.preprocess(frames)[None])
 """
 
 from rvit_jax.checkpoint import LoadedModel, load

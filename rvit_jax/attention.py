@@ -98,9 +98,6 @@ class AttentionGate(nnx.Module):
     def __call__(self, x: Tokens, g: Tokens) -> Tokens:
         """Returns the gate's output for the normalised frame tokens `x` and state tokens `g`."""
         q, k, v = self.queries_keys_values(x, g)
-        if self.kind == "linear":
-            attended = linear_attention(q, k, v)
-        else:
-            attended = self.maps(q, k) @ v
+        attended = linear_attention(q, k, v) if self.kind == "linear" else self.maps(q, k) @ v
         attended = jnp.swapaxes(attended, 1, 2)  # [B, S, A, C]
         return self.to_out(attended.reshape(x.shape))  # heads side by side: [B, S, D]

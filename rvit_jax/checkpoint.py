@@ -25,6 +25,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax.config import leaf_keys, lookup
 from rvit_jax.model import CompiledRViT, RViT, normalise
 from rvit_jax.steps import TrainState
@@ -259,15 +260,13 @@ class LoadedModel:
         Raises:
             ValueError: another shape or type.
         """
-        from input_pipeline.transforms import pack_channel_planes, resize_frame
-
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
             raise ValueError(
                 f"frames: got {frames.dtype} {frames.shape}, expected uint8 [T, H, W, 3], RGB"
             )
         side = self.config.model.image_size
-        video = np.stack([resize_frame(frame, side) for frame in frames])
+        video = np.stack([resize_array(frame, side) for frame in frames])
         if self.config.dataset.frame_packing == "channel_planes":
             video = pack_channel_planes(video)
         return np.asarray(normalise(video))

@@ -72,7 +72,7 @@ def lookup(config: ConfigDict, dotted: str) -> Any:
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """"; did you mean 'x'?" for the choice nearest to `name`, or the list of all."""
+    """ "; did you mean 'x'?" for the choice nearest to `name`, or the list of all."""
     choices = list(choices)
     nearest = difflib.get_close_matches(name, choices, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(choices)}"

@@ -23,8 +23,18 @@ from ml_collections import ConfigDict
 from rvit_jax.attention import AttentionGate
 from rvit_jax.config import check_model_config
 from rvit_jax.layers import MLP, LayerNorm, Linear, split_key, uniform_fan_in
-from rvit_jax.shapes import ClassTokens, Frame, Hidden, Logits, Mask, NumFrames, PRNGKey
-from rvit_jax.shapes import Tokens, Video
+from rvit_jax.shapes import (
+    ClassTokens,
+    Frame,
+    Hidden,
+    Logits,
+    Mask,
+    NumFrames,
+    OneToken,
+    PRNGKey,
+    Tokens,
+    Video,
+)
 
 # What training keeps of each frame for the gradient, by `config.model.remat`.
 REMAT_POLICIES = {
@@ -36,8 +46,8 @@ REMAT_POLICIES = {
 def normalise(video: Video | Frame) -> Video | Frame:
     """uint8 [0, 255] to float32 [-1, 1] with the reference's two steps; floats pass unchanged."""
     if video.dtype != jnp.uint8:
-        return video
-    return (video.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+        return jnp.asarray(video)
+    return (jnp.asarray(video).astype(jnp.float32) / 255.0 - 0.5) / 0.5
 
 
 class PatchEmbedding(nnx.Module):
@@ -81,7 +91,7 @@ class EncoderBlock(nnx.Module):
 
     def __call__(
         self, x: Tokens, g: Tokens, key: PRNGKey | None = None, *, class_token_only: bool = False
-    ) -> tuple[Tokens, Tokens]:
+    ) -> tuple[Tokens | OneToken, Tokens]:
         """Returns the layer's output and its new state.
 
         Args:
@@ -181,9 +191,7 @@ class RViT(nnx.Module):
             The class token [B, D] after the last layer, and the state [L, B, S, D].
         """
         patches = self.patch_embedding(normalise(frame))  # [B, N, D]
-        class_tokens = jnp.broadcast_to(
-            self.class_token[...], (len(patches), 1, patches.shape[-1])
-        )
+        class_tokens = jnp.broadcast_to(self.class_token[...], (len(patches), 1, patches.shape[-1]))
         x = jnp.concatenate([class_tokens, patches], axis=1)  # [B, S, D]
         positions = self.pos_embedding[...]
         keys = split_key(key, 2 * len(self.layers))
@@ -257,6 +265,8 @@ class RViT(nnx.Module):
             return new_carry, None
 
         no_token = jnp.zeros((len(video), hidden.shape[-1]), hidden.dtype)
+        if num_frames is not None:
+            num_frames = jnp.asarray(num_frames)
         frames = (jnp.arange(video.shape[1]), jnp.moveaxis(video, 1, 0))  # [T], [T, B, H, W, 3]
         if self.remat != "none":
             # Training keeps less per frame and computes the rest again on the way back.
@@ -312,7 +322,9 @@ def check_num_frames(num_frames: NumFrames | None, batch_size: int, most: int) -
     if num_frames is None:
         return
     if num_frames.shape != (batch_size,):
-        raise ValueError(f"num_frames: got shape {num_frames.shape}, expected [B] = ({batch_size},)")
+        raise ValueError(
+            f"num_frames: got shape {num_frames.shape}, expected [B] = ({batch_size},)"
+        )
     if isinstance(num_frames, jax.core.Tracer):
         return
     values = np.asarray(num_frames)
@@ -345,10 +357,8 @@ class CompiledRViT:
         self, video: Video, hidden: Hidden | None = None, num_frames: NumFrames | None = None
     ) -> tuple[Logits, Hidden]:
         """`RViT.__call__`."""
-        if num_frames is not None:
-            num_frames = jnp.asarray(num_frames)
-            check_num_frames(num_frames, len(video), video.shape[1])
-        return self._call(self._leaves, jnp.asarray(video), hidden, num_frames)
+        check_num_frames(num_frames, *video.shape[:2])
+        return self._call(self._leaves, video, hidden, num_frames)
 
     def step(
         self, frame: Frame, hidden: Hidden, active: Mask | None = None

@@ -8,15 +8,21 @@
 Images are channels last. The annotations are checked at run time in the tests only.
 """
 
+import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+# What users hand over may come from NumPy.
+HostOrDevice = jax.Array | np.ndarray
+
 # Float in [-1, 1], or uint8 in [0, 255], which the model normalises itself.
-Video = Float[Array, "B T H W 3"] | UInt8[Array, "B T H W 3"]
-Frame = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
+Video = Float[HostOrDevice, "B T H W 3"] | UInt8[HostOrDevice, "B T H W 3"]
+Frame = Float[HostOrDevice, "B H W 3"] | UInt8[HostOrDevice, "B H W 3"]
 Tokens = Float[Array, "B S D"]
+OneToken = Float[Array, "B 1 D"]
 Hidden = Float[Array, "L B S D"]
 ClassTokens = Float[Array, "B D"]
 Logits = Float[Array, "B K"]
-NumFrames = Int[Array, "B"]
-Mask = Bool[Array, "B"]
+NumFrames = Int[HostOrDevice, "B"]
+Mask = Bool[HostOrDevice, "B"]
 PRNGKey = Key[Array, ""]

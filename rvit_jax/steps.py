@@ -79,7 +79,7 @@ def make_train_step(
             "clips": num_clips,
             "loss": loss * num_clips,
             "right": ((logits.argmax(-1) == batch["label"]) * mask).sum(),
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), sums
 

@@ -1,6 +1,6 @@
 """Training: the loop, its checkpoints and its records.
 
-    batch -> train step -> ... -> validation -> metrics.jsonl, TensorBoard -> checkpoint
+batch -> train step -> ... -> validation -> metrics.jsonl, TensorBoard -> checkpoint
 """
 
 import contextlib

@@ -1,0 +1,101 @@
+"""From a config to batches of clips: sources, sampling, decoding, order, position.
+
+`get_dataset` is the one public name. This room knows nothing of `rvit_jax`, and importing it costs
+nothing: Grain is imported by the first call.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from absl import logging
+from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+    from input_pipeline.loader import BatchIterator
+
+_GENERATION_LIMIT_S = 3600.0  # how long other processes wait for the one that draws the set
+
+
+def get_dataset(
+    config: ConfigDict, split: str, *, process_index: int = 0, process_count: int = 1
+) -> BatchIterator:
+    """Opens one split as an iterator of batches of clips.
+
+    Train is endless, each epoch shuffled anew from `config.seed`; the other splits are one pass in
+    the order of their CSV. A batch is a dict of NumPy arrays: `video` uint8 [B, T, H, W, 3],
+    `label` int32 [B] (-1 where the split has no labels, and on padding), `num_frames` int32 [B],
+    `mask` bool [B] (False on the rows that fill up an epoch's last batch), `id` str [B].
+
+    Args:
+        config: the whole config; `seed`, `batch_size`, `model.image_size` and `dataset.*` are read.
+        split: "train", "validation" or "test".
+        process_index: which process this is; it gets rows [p * B/P, (p + 1) * B/P) of each batch.
+        process_count: P, the number of processes; divides `config.batch_size`.
+
+    Returns:
+        The iterator; see `loader.BatchIterator` for its state, its properties and `close`.
+
+    Raises:
+        ValueError: a key has a value that cannot be, or the CSV files and folders do not fit.
+        FileNotFoundError: the data, a CSV file or the folder of a clip is missing.
+    """
+    from input_pipeline import jester, loader  # loader brings Grain, and Grain brings jax
+
+    _check_choice("split", split, jester.SPLITS)
+    _check_choice("dataset.name", config.dataset.name, ("jester", "gestures"))
+    _check_choice("dataset.sampling", config.dataset.sampling, ("head",))
+    if config.dataset.name == "gestures":
+        _provide_gestures(config, process_index)
+    return loader.BatchIterator(
+        jester.read_split(
+            config.dataset.data_dir, split, tuple(config.dataset.classes), config.dataset.name
+        ),
+        loader.ClipOptions.from_config(config),
+        batch_size=config.batch_size,
+        process_index=process_index,
+        process_count=process_count,
+        num_workers=config.dataset.num_workers,
+        cache=config.dataset.cache,
+    )
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{key} is {value!r}; choose one of: {', '.join(choices)}")
+
+
+def _provide_gestures(config: ConfigDict, process_index: int) -> None:
+    """Draws the gestures if data_dir does not hold them, and checks that all the classes are there.
+
+    Of several processes the first one draws; the others wait until the set is finished.
+    """
+    from input_pipeline import gestures, jester  # gestures brings OpenCV
+
+    data_dir = config.dataset.data_dir
+    classes = tuple(config.dataset.classes) or jester.CLASS_NAMES
+    deadline = time.monotonic() + _GENERATION_LIMIT_S
+    while True:
+        try:
+            drawn = gestures.read_manifest(data_dir)["classes"]
+            break
+        except FileNotFoundError:
+            if process_index == 0:
+                logging.info("drawing gestures into %s", data_dir)
+                gestures.generate(data_dir, classes=classes, **config.dataset.generate)
+            elif time.monotonic() > deadline:
+                raise FileNotFoundError(
+                    f"process 0 did not finish drawing {data_dir} in {_GENERATION_LIMIT_S:.0f} s: "
+                    "draw it beforehand (python -m input_pipeline.gestures), on a disk that every "
+                    "process reads"
+                ) from None
+            else:
+                time.sleep(1.0)
+    missing = [name for name in classes if name not in drawn]
+    if missing:
+        raise ValueError(
+            f"the gestures in {data_dir} do not include {', '.join(missing)}: set "
+            "dataset.data_dir to a new folder to draw them, or dataset.classes to some of: "
+            f"{', '.join(drawn)}"
+        )

@@ -1,0 +1,359 @@
+"""Trains the same RViT in JAX and in PyTorch, seed by seed, and compares the two on the test split.
+
+    python scripts/compare_training.py --config=configs/gestures.py [--seeds=3]
+        [--workdir=results/compare_training] [--config.KEY=VALUE ...]
+
+Both start from the same weights (drawn by PyTorch), see the same batches in the same order and
+follow the same recipe: schedule, AdamW, gradient clipping, loss, dropout rates. Only the random
+numbers of dropout differ. The weights after the last step answer every test clip once; nothing is
+chosen by looking at an evaluation.
+
+Every finished run is a file `WORKDIR/seed_SEED_FRAMEWORK.json` with its loss curve and its answer
+to every clip. Interrupted, the same command goes on with the runs that are missing. The table is
+kept in `WORKDIR/summary.json`.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+import optax
+import torch
+from absl import app, flags
+from flax import nnx
+from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
+
+import input_pipeline
+from configs import base
+from rvit_jax import RViT, evaluate, losses, optimizer, steps
+from rvit_jax.checkpoint import write_json
+from rvit_jax.config import check_config
+from weights_converter import mapping
+from weights_converter.torch_rvit import TorchRViT
+
+FLAGS = flags.FLAGS
+CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
+flags.DEFINE_integer(
+    "seeds", 3, "Runs per framework, with config.seed and those that follow it.", 1
+)
+flags.DEFINE_string("workdir", "results/compare_training", "Where the results are kept.")
+flags.mark_flag_as_required("config")
+
+FRAMEWORKS = ("jax", "torch")
+# Steps that are not timed: the first ones compile and warm up.
+UNTIMED_STEPS = 3
+# Keys that change how fast data come, not which.
+FREE_KEYS = ("data_dir", "num_workers", "cache")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What one framework made of one seed.
+
+    Attributes:
+        seed: of weights, shuffling and dropout.
+        framework: one of `FRAMEWORKS`.
+        losses: mean loss over the clips of every training batch, in nats.
+        ids: of the test clips, in the split's order.
+        right: whether each was answered rightly.
+        seconds_per_step: median over the timed steps, loading excluded.
+    """
+
+    seed: int
+    framework: str
+    losses: list[float]
+    ids: list[str]
+    right: list[bool]
+    seconds_per_step: float
+
+    @property
+    def top1(self) -> float:
+        """Fraction of the test clips answered rightly."""
+        return float(np.mean(self.right))
+
+
+def initial_oracle(config: ConfigDict) -> TorchRViT:
+    """The weights that both frameworks start from: a function of `config.seed` alone."""
+    torch.manual_seed(config.seed)
+    return TorchRViT(config.model)
+
+
+def initial_model(config: ConfigDict) -> RViT:
+    """The same weights in our model."""
+    weights = {name: t.numpy() for name, t in initial_oracle(config).state_dict().items()}
+    model = RViT(config.model, rngs=nnx.Rngs(config.seed))
+    mapping.load_into(model, mapping.to_flax(weights, config.model))
+    return model
+
+
+def batches(data: Any, num_steps: int, what: str) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """The next `num_steps` batches, numbered, with a progress bar."""
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    for step in tqdm(range(num_steps), desc=what, unit="step", mininterval=interval):
+        yield step, next(data)
+
+
+def median_step(seconds: list[float]) -> float:
+    """The median after the untimed steps; of all where there are no more."""
+    return float(np.median(seconds[UNTIMED_STEPS:] or seconds))
+
+
+def train_jax(
+    config: ConfigDict, data: Any, schedule: optax.Schedule, num_steps: int
+) -> tuple[steps.TrainState, nnx.GraphDef, list[float], float]:
+    """Our own training step; returns the last state, its structure, losses, seconds per step."""
+    adamw = optimizer.make_optimizer(config.optimizer, schedule)
+    graphdef, state = steps.create_train_state(initial_model(config), adamw)
+    train_step = jax.jit(
+        steps.make_train_step(
+            graphdef,
+            adamw,
+            losses.make_loss(config.loss),
+            seed=config.seed,
+            ragged=evaluate.is_ragged(config),
+        ),
+        donate_argnums=0,
+    )
+    curve, seconds = [], []
+    for _, batch in batches(data, num_steps, f"seed {config.seed}, jax"):
+        start = time.perf_counter()
+        state, sums = train_step(state, evaluate.on_device(batch))
+        curve.append(float(sums["loss"] / sums["clips"]))
+        seconds.append(time.perf_counter() - start)
+    return state, graphdef, curve, median_step(seconds)
+
+
+def run_jax(
+    config: ConfigDict, train_data: Any, test_data: Any, schedule: optax.Schedule, num_steps: int
+) -> Run:
+    """Trains and tests in JAX."""
+    state, graphdef, curve, step_s = train_jax(config, train_data, schedule, num_steps)
+    eval_step = jax.jit(
+        steps.make_eval_step(
+            graphdef, losses.make_loss(config.loss), ragged=evaluate.is_ragged(config)
+        )
+    )
+    result = evaluate.evaluate_split(
+        eval_step,
+        state.params,
+        state.fixed,
+        test_data,
+        num_classes=config.model.num_classes,
+        progress=f"seed {config.seed}, jax, test",
+    )
+    right = result.probabilities.argmax(axis=-1) == result.label
+    return Run(config.seed, "jax", curve, result.ids, right.tolist(), step_s)
+
+
+def oracle_logits(oracle: TorchRViT, batch: dict[str, np.ndarray], ragged: bool) -> torch.Tensor:
+    """Logits [B, K] for a batch with `video` uint8 [B, T, H, W, 3]."""
+    video = torch.from_numpy(batch["video"]).permute(0, 1, 4, 2, 3).flatten(0, 1)
+    video = (video.float() / 255.0 - 0.5) / 0.5
+    num_frames = torch.from_numpy(batch["num_frames"]) if ragged else None
+    return oracle(video, oracle.initial_state(len(batch["label"])), num_frames)[0]
+
+
+def train_torch(
+    config: ConfigDict, data: Any, schedule: optax.Schedule, num_steps: int
+) -> tuple[TorchRViT, list[float], float]:
+    """The same recipe in PyTorch; returns the trained oracle, losses, seconds per step."""
+    recipe, ragged = config.optimizer, evaluate.is_ragged(config)
+    smoothing = config.loss.label_smoothing if config.loss.name != "cross_entropy" else 0.0
+    oracle = initial_oracle(config).train()
+    adamw = torch.optim.AdamW(
+        oracle.parameters(), betas=tuple(recipe.betas), weight_decay=recipe.weight_decay
+    )
+    curve, seconds = [], []
+    for step, batch in batches(data, num_steps, f"seed {config.seed}, torch"):
+        adamw.param_groups[0]["lr"] = float(schedule(step))
+        start = time.perf_counter()
+        real = torch.from_numpy(batch["mask"])
+        label = torch.from_numpy(batch["label"]).long()
+        logits = oracle_logits(oracle, batch, ragged)
+        loss = torch.nn.functional.cross_entropy(
+            logits[real], label[real], label_smoothing=smoothing
+        )
+        adamw.zero_grad()
+        loss.backward()
+        if recipe.clip_norm:
+            torch.nn.utils.clip_grad_norm_(oracle.parameters(), recipe.clip_norm)
+        adamw.step()
+        curve.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    return oracle, curve, median_step(seconds)
+
+
+def run_torch(
+    config: ConfigDict, train_data: Any, test_data: Any, schedule: optax.Schedule, num_steps: int
+) -> Run:
+    """Trains and tests in PyTorch."""
+    oracle, curve, step_s = train_torch(config, train_data, schedule, num_steps)
+    oracle.eval()
+    ids, right = [], []
+    what = f"seed {config.seed}, torch, test"
+    for _, batch in batches(test_data, test_data.steps_per_epoch, what):
+        with torch.no_grad():
+            logits = oracle_logits(oracle, batch, evaluate.is_ragged(config)).numpy()
+        mask = batch["mask"]
+        ids.extend(batch["id"][mask].tolist())
+        right.extend((logits.argmax(axis=-1) == batch["label"])[mask].tolist())
+    return Run(config.seed, "torch", curve, ids, right, step_s)
+
+
+RUNNERS: dict[str, Callable[..., Run]] = {"jax": run_jax, "torch": run_torch}
+
+
+def compare(config: ConfigDict, num_seeds: int, workdir: Path) -> dict[str, Any]:
+    """Makes the runs that `workdir` lacks and returns the summary of all.
+
+    Raises:
+        ValueError: the recipe has a part that is compared in no framework but ours, the test split
+            has no labels, or `workdir` holds runs of another config.
+    """
+    check_comparable(config)
+    claim_workdir(config, workdir)
+    runs = []
+    for seed in range(config.seed, config.seed + num_seeds):
+        files = {name: workdir / f"seed_{seed}_{name}.json" for name in FRAMEWORKS}
+        missing = [name for name in FRAMEWORKS if not files[name].exists()]
+        if missing:
+            make_runs(config, seed, {name: files[name] for name in missing})
+        runs.append({name: Run(**json.loads(files[name].read_text())) for name in FRAMEWORKS})
+    summary = summarise(runs)
+    write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def make_runs(config: ConfigDict, seed: int, files: dict[str, Path]) -> None:
+    """One run per framework in `files`, written there; the frames decoded for one serve both."""
+    config = config.copy_and_resolve_references()
+    config.seed = seed
+    train_data = input_pipeline.get_dataset(config, "train")
+    test_data = input_pipeline.get_dataset(config, "test")
+    if not test_data.has_labels:
+        raise ValueError("the test split has no labels: the comparison needs a labelled one")
+    num_steps = config.num_epochs * train_data.steps_per_epoch
+    schedule = optimizer.learning_rate_schedule(
+        config.optimizer, train_data.steps_per_epoch, config.num_epochs
+    )
+    for name, file in files.items():
+        train_data.rewind()
+        test_data.rewind()
+        run = RUNNERS[name](config, train_data, test_data, schedule, num_steps)
+        write_json(file, dataclasses.asdict(run))
+    train_data.close()
+    test_data.close()
+
+
+def check_comparable(config: ConfigDict) -> None:
+    """Raises ValueError where PyTorch's side has no such part."""
+    if config.optimizer.name != "adamw":
+        raise ValueError(
+            f"config.optimizer.name={config.optimizer.name!r}: the comparison is of 'adamw'"
+        )
+    if config.optimizer.frozen:
+        raise ValueError(
+            "config.optimizer.frozen: the comparison trains every parameter; set it to ()"
+        )
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Notes the config, or raises ValueError where the runs in `workdir` had another."""
+    wanted = json.loads(config.to_json_best_effort())
+    for key in FREE_KEYS:
+        del wanted["dataset"][key]
+    file = workdir / "config.json"
+    if not file.exists():
+        write_json(file, wanted)
+    elif json.loads(file.read_text()) != wanted:
+        raise ValueError(f"{workdir} holds runs of another config: choose another --workdir")
+
+
+def summarise(runs: list[dict[str, Run]]) -> dict[str, Any]:
+    """Accuracies, differences (JAX minus PyTorch) and their standard errors; fractions.
+
+    The error over seeds says how far the mean difference would move with other initial weights
+    and orders; the one over clips, how far with other test clips, each clip's answers averaged
+    over the seeds first.
+    """
+    ids = runs[0]["jax"].ids
+    if any(run.ids != ids for pair in runs for run in pair.values()):
+        raise ValueError("the runs were tested on different clips: start in a new --workdir")
+    right = np.array([[pair[name].right for name in FRAMEWORKS] for pair in runs], float)
+    difference = right[:, 0] - right[:, 1]  # [seeds, clips]
+    per_seed, per_clip = difference.mean(axis=1), difference.mean(axis=0)
+    return {
+        "num_clips": len(ids),
+        "seeds": [
+            {
+                "seed": pair["jax"].seed,
+                **{f"top1_{name}": pair[name].top1 for name in FRAMEWORKS},
+                **{f"seconds_per_step_{name}": pair[name].seconds_per_step for name in FRAMEWORKS},
+                "difference": float(d),
+                "largest_relative_loss_difference": _loss_difference(pair),
+            }
+            for pair, d in zip(runs, per_seed, strict=True)
+        ],
+        "mean_difference": float(per_seed.mean()),
+        "standard_error_over_seeds": _standard_error(per_seed),
+        "standard_error_over_clips": _standard_error(per_clip),
+    }
+
+
+def _loss_difference(pair: dict[str, Run], num_steps: int = 10) -> float:
+    """Over the first steps, before rounding has had time to grow."""
+    ours, theirs = (np.array(pair[name].losses[:num_steps]) for name in FRAMEWORKS)
+    return float(np.max(np.abs(ours - theirs) / theirs))
+
+
+def _standard_error(values: np.ndarray) -> float | None:
+    """Of the mean; None for a single value."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary to read; percent and percentage points."""
+
+    def points(value: float | None) -> str:
+        return "unknown" if value is None else f"{100 * value:.2f}"
+
+    lines = [
+        f"top-1 on {summary['num_clips']} test clips, percent",
+        f"{'seed':>8} {'JAX':>8} {'PyTorch':>8} {'diff.':>8} {'JAX s/step':>11} {'PyTorch':>8}",
+    ]
+    lines += [
+        f"{row['seed']:>8} {100 * row['top1_jax']:>8.2f} {100 * row['top1_torch']:>8.2f} "
+        f"{100 * row['difference']:>+8.2f} {row['seconds_per_step_jax']:>11.4f} "
+        f"{row['seconds_per_step_torch']:>8.4f}"
+        for row in summary["seeds"]
+    ]
+    lines.append(
+        f"mean difference {100 * summary['mean_difference']:+.2f} points; standard error over "
+        f"seeds {points(summary['standard_error_over_seeds'])}, paired over clips "
+        f"{points(summary['standard_error_over_clips'])}"
+    )
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    """Checks the config, compares, prints the table."""
+    try:
+        check_config(CONFIG.value, base.get_config())
+        print(table(compare(CONFIG.value, FLAGS.seeds, Path(FLAGS.workdir))))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    app.run(main)

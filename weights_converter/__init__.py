@@ -1,0 +1,1 @@
+"""Weights between PyTorch and Flax, and the oracle that proves them equal."""
