@@ -43,7 +43,8 @@ def get_config() -> ConfigDict:
     # A video with fewer than num_frames frames: "repeat_last" repeats its last frame (the
     # reference); "ragged" stops there: the model reads `num_frames` of each clip.
     config.dataset.short_clips = "repeat_last"
-    # "rgb": real frames | "channel_planes": the reference's scrambled layout (its defect A).
+    # "rgb": real frames | "channel_planes": the reference's scrambled layout.
+    # Deviation: the reference knows the second alone; it is no video, and cannot stream.
     config.dataset.frame_packing = "rgb"
     # A control for evaluation, "forward" otherwise. "shuffled": the clip's frames in random order;
     # "single": one of them, drawn uniformly, in place of all. Both leave no direction of time.

@@ -52,17 +52,20 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.batch_size = 64
-    config.num_epochs = 3
+    config.num_epochs = 2
     config.test_after_training = True
 
     if variant == "all":
+        config.model.image_size = 64  # for the fingers
+        config.model.patch_size = 16
+        config.model.hidden_size = 128
+        config.model.mlp_dim = 512
         config.model.num_classes = 27
         config.dataset.classes = ()
         config.dataset.data_dir = "data/gestures_all"
-        config.dataset.generate.train = 49_152
-        config.dataset.generate.validation = 4_096
+        config.dataset.generate.train = 32_768
         config.dataset.generate.test = 4_096
-        config.num_epochs = 8
+        config.num_epochs = 5
     elif variant is not None:
         raise ValueError(
             f"configs/gestures.py has no variant {variant!r}: leave it out, or say :all"

@@ -161,7 +161,8 @@ class ClipReader:
 class ClipOrder:
     """One process's rows, one after the other: row number -> index of a clip, or `PADDING`.
 
-    An epoch is ceil(num_clips / B) global batches of B rows, the last one filled up with padding;
+    An epoch is ceil(num_clips / B) global batches of B rows, the last one filled up with padding
+    (Deviation: the reference drops the clips of a last partial batch);
     process p of P holds rows [p * B/P, (p + 1) * B/P) of each. So the order of the global batches
     depends on the seed, the number of clips and B, and on nothing else.
     """

@@ -11,8 +11,9 @@ from PIL import Image
 def resize_frame(path: str | Path, image_size: int) -> np.ndarray:
     """Reads one frame, resized to a square whatever its shape, with Pillow's default filter.
 
-    Bit for bit `PIL.Image.open(path).convert("RGB").resize((image_size, image_size))`; Pillow's
-    default for RGB is BICUBIC. Values stay 0...255: the model's side normalises.
+    Bit for bit `PIL.Image.open(path).convert("RGB").resize((image_size, image_size))`, as the
+    reference reads it; Pillow's default for RGB is BICUBIC. Values stay 0...255: the model's side
+    normalises.
 
     Args:
         path: an image file.
@@ -44,7 +45,7 @@ def resize_array(frame: np.ndarray, image_size: int) -> np.ndarray:
 
 
 def pack_channel_planes(video: np.ndarray) -> np.ndarray:
-    """Scrambles a clip as the reference does (its defect A).
+    """Scrambles a clip as the reference does, by mistake.
 
     The reference holds a clip as [3, T, H, W] and calls `.view(-1, 3, H, W)` on it without a
     permute. So the three channels of "frame" k are planes 3k, 3k + 1 and 3k + 2 of a sequence of

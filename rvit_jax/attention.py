@@ -26,8 +26,8 @@ def _elu_plus_one(x: Array) -> Array:
 def linear_attention(q: Heads, k: Heads, v: Heads) -> Heads:
     """Attention with weights `(elu(q) + 1) . (elu(k) + 1)`, neither scaled nor normalised.
 
-    The reference builds the S x S weights; `q (k^T v)` is the same number for S / C times fewer
-    operations, and never holds a map.
+    Deviation: the reference builds the S x S weights; `q (k^T v)` is the same number for S / C
+    times fewer operations, and never holds a map.
     """
     q, k = _elu_plus_one(q), _elu_plus_one(k)
     return q @ (jnp.swapaxes(k, -1, -2) @ v)  # [B, A, S, C] @ [B, A, C, C]

@@ -108,7 +108,6 @@ class Checkpoints:
         self.workdir = Path(workdir).absolute()
         self._description = description
         self.workdir.mkdir(parents=True, exist_ok=True)
-        write_json(self.workdir / "model.json", description)
         self._manager = ocp.CheckpointManager(
             self.workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
@@ -153,6 +152,8 @@ class Checkpoints:
     def restore_latest(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The state and data position of the latest checkpoint; None when there is none.
 
+        Writes `model.json` for the run that begins here or goes on.
+
         Args:
             state: of step 0, for shapes and types.
 
@@ -160,10 +161,13 @@ class Checkpoints:
             ValueError: the checkpoint belongs to another config.
         """
         step = self._manager.latest_step()
+        if step is not None:
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+            self._check_same_run(meta.meta, step)
+        # Only now: a config that is refused leaves no trace.
+        write_json(self.workdir / "model.json", self._description)
         if step is None:
             return None
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        self._check_same_run(meta.meta, step)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -222,7 +226,7 @@ def _with_items(state: TrainState, variables: dict[str, Any], optimizer: Any) ->
     )
 
 
-def _select(tree: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+def _select(tree: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
     """The part of nested dicts that `like` has."""
     return {
         key: _select(tree[key], value) if isinstance(value, dict) else tree[key]

@@ -4,7 +4,6 @@ Flags, checks and dispatch. Exit status: 0 done; 1 the work failed; 2 wrong argu
 signal n, with the state saved.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -107,7 +106,6 @@ def _run(_: list[str]) -> None:
 def main(argv: list[str]) -> None:
     """Runs, and turns what went wrong into one line and an exit status."""
     if not FLAGS.debug:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         logging.set_verbosity(logging.ERROR)
     from rvit_jax.train import Interrupted
 

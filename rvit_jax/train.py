@@ -68,7 +68,11 @@ class Records:
     """`WORKDIR/metrics.jsonl`, a line per evaluation, and TensorBoard's files beside it."""
 
     def __init__(self, workdir: Path):
-        from clu import metric_writers  # imports TensorFlow: slow, and only training needs it
+        # Imports TensorFlow: slow, and only training needs it. It computes nothing here; without
+        # these it announces its own settings.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+        from clu import metric_writers
 
         self._path = Path(workdir) / "metrics.jsonl"
         self._writer = metric_writers.create_default_writer(os.fspath(workdir))

@@ -151,6 +151,9 @@ def test_uint8_equals_normalised_floats(model):
     expected, _ = model((raw.astype(np.float32) / 255 - 0.5) / 0.5)
     logits, _ = model(raw)
     assert_close(logits, expected)
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    exact = (every.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    np.testing.assert_array_equal(jax.jit(normalise)(every), exact)
     assert normalise(np.full((1, 1, 1, 3), 255, np.uint8)).tolist() == [[[[1.0, 1.0, 1.0]]]]
 
 

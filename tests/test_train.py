@@ -238,17 +238,46 @@ def test_checkpoints_between_evaluations(data_dir, tmp_path):
     assert resolve_checkpoint(tmp_path).name in {"3", "6"}  # those that were evaluated
 
 
+def test_nothing_compiles_again(data_dir, tmp_path, monkeypatch):
+    """The partial last batch included: one program per step function, none after epoch one."""
+    compiled, at_evaluation, functions = [], [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
+    )
+    write = train.Records.write
+    jit = jax.jit
+
+    def note_and_write(self, *args):
+        at_evaluation.append(len(compiled))
+        write(self, *args)
+
+    def note_and_jit(*args, **kwargs):
+        functions.append(jit(*args, **kwargs))
+        return functions[-1]
+
+    monkeypatch.setattr(train.Records, "write", note_and_write)
+    config = tiny_run(data_dir)
+    config.num_epochs = 4
+    with monkeypatch.context() as patched:
+        patched.setattr(train.jax, "jit", note_and_jit)
+        train.train_and_evaluate(config, tmp_path)
+    steps = [f for f in functions if getattr(f, "__name__", "") in ("train_step", "eval_step")]
+    assert [f._cache_size() for f in steps] == [1, 1]
+    assert compiled  # the listener hears
+    assert at_evaluation[1] == at_evaluation[2] == at_evaluation[3]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(data_dir, tmp_path):
     config = tiny_run(data_dir)
     config.optimizer.update(name="sgd", learning_rate=1e30, schedule="constant")
-    with pytest.raises(FloatingPointError, match="lower config.optimizer.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"lower config\.optimizer\.learning_rate"):
         train.train_and_evaluate(config, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
 
 
 class TestErrors:
     def test_no_checkpoint(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="holds no checkpoint.*train one with"):
+        with pytest.raises(FileNotFoundError, match=r"holds no checkpoint.*train one with"):
             rvit_jax.load(tmp_path)
         with pytest.raises(FileNotFoundError, match="does not exist"):
             rvit_jax.load(tmp_path / "nothing")
