@@ -54,7 +54,8 @@ def get_config() -> ConfigDict:
     # Keep decoded clips in memory after their first use (num_workers = 0 only). Bytes needed:
     # clips x num_frames x image_size^2 x 3.
     config.dataset.cache = False
-    # What dataset.name = "gestures" draws when data_dir does not exist: clips per split, seed.
+    # What dataset.name = "gestures" draws where data_dir holds no finished set: clips of each
+    # split, and a seed. A set that lies there is used as it is.
     config.dataset.generate = ConfigDict()
     config.dataset.generate.train = 0
     config.dataset.generate.validation = 0

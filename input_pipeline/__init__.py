@@ -7,7 +7,7 @@ nothing: Grain is imported by the first call.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -78,9 +78,9 @@ def _provide_gestures(config: ConfigDict, process_index: int) -> None:
     deadline = time.monotonic() + _GENERATION_LIMIT_S
     while True:
         try:
-            drawn = gestures.read_manifest(data_dir)["classes"]
+            drawn = gestures.read_manifest(data_dir)
             break
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             if process_index == 0:
                 logging.info("drawing gestures into %s", data_dir)
                 gestures.generate(data_dir, classes=classes, **config.dataset.generate)
@@ -92,10 +92,30 @@ def _provide_gestures(config: ConfigDict, process_index: int) -> None:
                 ) from None
             else:
                 time.sleep(1.0)
-    missing = [name for name in classes if name not in drawn]
+    missing = [name for name in classes if name not in drawn["classes"]]
     if missing:
         raise ValueError(
             f"the gestures in {data_dir} do not include {', '.join(missing)}: set "
             "dataset.data_dir to a new folder to draw them, or dataset.classes to some of: "
-            f"{', '.join(drawn)}"
+            f"{', '.join(drawn['classes'])}"
+        )
+    _warn_of_other_gestures(config, drawn, gestures.VERSION)
+
+
+def _warn_of_other_gestures(config: ConfigDict, drawn: dict[str, Any], version: int) -> None:
+    """Says where a set that lies there is not the one that the config would draw."""
+    wanted = config.dataset.generate
+    differing = []
+    if drawn["version"] != version:
+        differing.append(f"version {drawn['version']} of the drawing (now {version})")
+    if drawn["seed"] != wanted.seed:
+        differing.append(f"seed {drawn['seed']} (the config's: {wanted.seed})")
+    for split, count in drawn["num_clips"].items():
+        if count != wanted[split]:
+            differing.append(f"{count} {split} clips (the config's: {wanted[split]})")
+    if differing:
+        logging.warning(
+            "the gestures in %s were drawn with %s; they are used as they are",
+            config.dataset.data_dir,
+            ", ".join(differing),
         )

@@ -3,7 +3,7 @@
     python -m input_pipeline.gestures --output=data/gestures --classes=time
 
 A drawn hand performs Jester's 27 gestures before a drawn person. Clips are 100 pixels high, of
-several widths, 28 to 44 frames long at 12 frames a second. A folder holds, as Jester's does,
+several widths, 28 to 43 frames long at 12 frames a second. A folder holds, as Jester's does,
 
     20bn-jester-v1/<id>/00001.jpg …                          ids 1 … N over all splits
     annotations/jester-v1-{train,validation,test}.csv        lines `id;label`
@@ -34,6 +34,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -45,6 +46,7 @@ import cv2
 import numpy as np
 import tqdm
 
+from input_pipeline.cpus import num_cpus
 from input_pipeline.hand import Motion, draw_frames, wander
 from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED
 
@@ -63,7 +65,9 @@ TIME_CLASSES = (  # four pairs that only the order of their frames tells apart
 _SPLITS = ("train", "validation", "test")
 _MANIFEST, _UNFINISHED = "gestures.json", "unfinished.json"
 _VIDEOS, _ANNOTATIONS = "20bn-jester-v1", "annotations"
-_MIN_FRAMES, _MAX_FRAMES = 28, 44
+# All one more than a multiple of 3: read at every third frame, as `configs/gestures.py` does, a
+# clip and its reversal still show the very same frames.
+_NUM_FRAMES = (28, 31, 34, 37, 40, 43)
 _DRAWINGS_PER_TASK = 8
 
 
@@ -341,7 +345,7 @@ def draw_motion(label: str, rng: np.random.Generator) -> Motion:
     """
     versions = _VERSIONS[label]
     gesture, mirrored, backwards = versions[rng.integers(len(versions))]
-    motion = _GESTURES[gesture](rng, int(rng.integers(_MIN_FRAMES, _MAX_FRAMES + 1)))
+    motion = _GESTURES[gesture](rng, int(rng.choice(_NUM_FRAMES)))
     motion = motion.mirrored() if mirrored else motion
     return motion.reversed() if backwards else motion
 
@@ -458,7 +462,7 @@ def _write_missing(videos: Path, plan: list[_Drawing], num_workers: int, progres
     videos.mkdir(parents=True, exist_ok=True)
     present = set(os.listdir(videos))
     for name in present:
-        if name.startswith("."):  # a clip that an interruption cut short
+        if re.fullmatch(r"\.\d+\.tmp", name):  # a clip that an interruption cut short
             shutil.rmtree(videos / name)
     missing = []
     for drawing in plan:
@@ -495,8 +499,8 @@ def _results(videos: Path, tasks: list[list[_Drawing]], num_workers: int) -> Ite
             yield future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
         raise OSError(
-            f"{videos}: a drawing process died (killed, or out of memory); "
-            "the same command goes on where it stopped"
+            f"{videos}: a drawing process died (killed, out of memory, or started by a script "
+            'without `if __name__ == "__main__":`); the same command goes on where it stopped'
         ) from error
     finally:  # also after Ctrl-C or a full disk: the tasks under way end within a second
         executor.shutdown(wait=True, cancel_futures=True)
@@ -577,7 +581,7 @@ def generate(
         OSError: `output` cannot be written, or a drawing process died.
     """
     output = Path(output)
-    num_workers = (os.cpu_count() or 1) if num_workers is None else num_workers
+    num_workers = num_cpus() if num_workers is None else num_workers
     if num_workers < 1:
         raise ValueError(f"num_workers must be 1 or more, not {num_workers}")
     manifest = _manifest(classes, {"train": train, "validation": validation, "test": test}, seed)
@@ -596,6 +600,8 @@ def generate(
             raise
         remedy = {
             errno.ENOSPC: "make room there and give the same command again, which goes on",
+            errno.EDQUOT: "make room in your quota and give the same command again, which goes on",
+            errno.ENAMETOOLONG: "name a folder with a shorter path",
             errno.EEXIST: "it is a file; name a folder",
             errno.ENOTDIR: "it lies in a file; name another folder",
         }.get(error.errno, "name a folder that you may write to")

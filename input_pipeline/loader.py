@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import signal
 import threading
 import time
 import weakref
@@ -19,6 +20,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from input_pipeline import jester, sampling, transforms
+from input_pipeline.cpus import num_cpus
 
 Clip = dict[str, Any]
 Batch = dict[str, np.ndarray]
@@ -341,6 +343,8 @@ class BatchIterator(Iterator[Batch]):
                 self._error = error
             raise error
         self._position += 1
+        if self._position * self._order.rows == len(self._order):
+            self._stop()  # a finished pass holds no threads or processes
         return {key: np.asarray(value) for key, value in batch.items()}
 
     def get_state(self) -> dict[str, Any]:
@@ -396,7 +400,7 @@ class BatchIterator(Iterator[Batch]):
         clips = order.map(self._reader)
         if not self._num_workers:
             # Threads share the clips of one batch: the first batch is soon there.
-            threads = min(_MOST_THREADS, _num_cpus())
+            threads = min(_MOST_THREADS, num_cpus())
             read_options = grain.ReadOptions(
                 num_threads=threads, prefetch_buffer_size=max(2 * rows, threads)
             )
@@ -432,13 +436,6 @@ def _stop_reading() -> None:
         batches._stop()
 
 
-def _num_cpus() -> int:
-    """Returns the cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def _end_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
     """Ends this worker process soon after its parent, which may be killed without a word.
 
@@ -446,6 +443,10 @@ def _end_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
     and Grain starts workers from threads that it ends before them.
     """
     del worker_index, worker_count
+    # A terminal's Ctrl-C and a cluster's SIGTERM go to all processes; what they mean, the parent
+    # decides. Grain ends its workers by other means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def watch():
         while os.getppid() == parent:

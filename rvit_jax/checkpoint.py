@@ -54,6 +54,16 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(aside, path)
 
 
+def check_writable(workdir: Path) -> None:
+    """Raises OSError unless `workdir` can be made or written; makes nothing itself."""
+    workdir = Path(workdir)
+    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
+        return
+    reason = "may not be written" if existing.is_dir() else "is a file, not a folder"
+    raise OSError(f"the workdir {workdir} cannot be used: {existing} {reason}; choose --workdir")
+
+
 def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
     """The content of `model.json`."""
     dataset = config.dataset

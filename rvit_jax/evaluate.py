@@ -180,6 +180,7 @@ def evaluate(
         label_index=match_labels(dataset.class_names, loaded.class_names),
         progress=f"evaluating {split}",
     )
+    dataset.close()
     record = make_record(result, split, config.dataset.frame_order, loaded.path, loaded.step)
     write_results(workdir, record, result, loaded.class_names)
     return record

@@ -106,7 +106,7 @@ def _run(_: list[str]) -> None:
 def main(argv: list[str]) -> None:
     """Runs, and turns what went wrong into one line and an exit status."""
     if not FLAGS.debug:
-        logging.set_verbosity(logging.ERROR)
+        logging.set_verbosity(logging.WARNING)
     from rvit_jax.train import Interrupted
 
     try:
@@ -120,8 +120,11 @@ def main(argv: list[str]) -> None:
     except Exception as error:
         if FLAGS.debug:
             raise
-        name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        print(f"error: {name}{error} (--debug shows where)", file=sys.stderr)
+        # What our own checks raise speaks for itself; anything else is named.
+        known = isinstance(error, ValueError | OSError | FloatingPointError)
+        name = "" if known else f"{type(error).__name__}: "
+        message = " ".join(f"{name}{error}".split())
+        print(f"error: {message} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
 
 

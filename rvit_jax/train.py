@@ -159,8 +159,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         Interrupted: SIGINT or SIGTERM came; the state is saved and the same command goes on.
         ValueError: config, data or checkpoint do not fit together.
         FileNotFoundError: data is missing.
+        OSError: the workdir cannot be written.
         FloatingPointError: a loss is not finite.
     """
+    checkpoint.check_writable(workdir)  # before the data, which may have to be drawn
     train_data = input_pipeline.get_dataset(config, "train")
     validation_data = input_pipeline.get_dataset(config, "validation")
     run = _Run(config, workdir, train_data, validation_data)

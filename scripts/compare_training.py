@@ -284,7 +284,8 @@ def summarise(runs: list[dict[str, Run]]) -> dict[str, Any]:
 
     The error over seeds says how far the mean difference would move with other initial weights
     and orders; the one over clips, how far with other test clips, each clip's answers averaged
-    over the seeds first.
+    over the seeds first. Generated clips come in pairs of one drawing, so for them the latter is a
+    lower bound.
     """
     ids = runs[0]["jax"].ids
     if any(run.ids != ids for pair in runs for run in pair.values()):

@@ -10,9 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
+from configs.gestures import get_config as get_gestures_config
 from input_pipeline import gestures, jester
 from input_pipeline.hand import IMAGE_WIDTHS, draw_frames
 from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED
+from input_pipeline.sampling import head_indices
 
 SMALL = {"train": 71, "validation": 27, "test": 4, "seed": 3}
 TINY = {
@@ -138,6 +140,15 @@ def test_opposites_share_every_frame(small, name):
     # 71 clips of 27 classes: 2 or 3 of each, of which an odd one may lack its opposite.
     backwards = {clip[::-1] for clip in frames[REVERSED[name]]}
     assert len(backwards & set(frames[name])) == min(map(len, frames.values()))
+
+
+def test_opposites_share_the_frames_that_the_config_reads(small):
+    """Also at every third frame: what is read forwards is what is read backwards."""
+    dataset = get_gestures_config().dataset
+    for clip in annotations(small, "train"):
+        count = len(clip_files(small, clip))
+        read = list(head_indices(count, dataset.num_frames, dataset.frame_stride))
+        assert read == [count - 1 - index for index in reversed(read)]
 
 
 def test_a_class_without_its_opposite(tmp_path):

@@ -19,14 +19,16 @@ def drawn(monkeypatch):
     calls = []
 
     def generate(output, *, classes, **counts):
-        calls.append((classes, counts))
+        calls.append((classes, dict(counts)))
         root = make_set(Path(output), {"train": labelled(1, 3), "test": labelled(4, 6)})
-        (root / "gestures.json").write_text(json.dumps({"classes": list(classes)}))
+        seed = counts.pop("seed")
+        manifest = {"version": 1, "seed": seed, "classes": list(classes), "num_clips": counts}
+        (root / "gestures.json").write_text(json.dumps(manifest))
 
     def read_manifest(output):
         return json.loads((Path(output) / "gestures.json").read_text())
 
-    fake = SimpleNamespace(generate=generate, read_manifest=read_manifest)
+    fake = SimpleNamespace(generate=generate, read_manifest=read_manifest, VERSION=1)
     monkeypatch.setitem(input_pipeline.__dict__, "gestures", fake)
     return calls
 
@@ -62,6 +64,15 @@ def test_a_class_that_was_not_drawn_is_named(config, drawn):
     ):
         input_pipeline.get_dataset(config, "train")
     assert len(drawn) == 1
+
+
+def test_another_set_is_used_and_said(config, drawn, caplog):
+    input_pipeline.get_dataset(config, "train")
+    assert not caplog.records
+    config.dataset.generate.update(seed=6, train=4)
+    assert input_pipeline.get_dataset(config, "train").num_clips == 3
+    (record,) = caplog.records
+    assert "seed 5 (the config's: 6), 3 train clips (the config's: 4)" in record.getMessage()
 
 
 def test_other_processes_wait_for_the_first(config, drawn, monkeypatch):

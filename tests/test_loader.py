@@ -139,7 +139,7 @@ def test_processes_slice_the_same_global_batches(folder, process_count):
     assert_equal_batches(joined, whole)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 200), st.sampled_from([1, 2, 3, 8]), st.integers(1, 5), st.integers(0, 9))
 def test_every_clip_once_an_epoch_for_any_number_of_processes(clips, processes, rows, epoch):
     batch_size = processes * rows

@@ -35,7 +35,7 @@ configs = st.builds(
 ).filter(lambda config: config.attention != "reattention" or not config.unused_reattention)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(configs)
 def test_round_trip_through_a_model_is_exact(config):
     weights = state_dict(config)

@@ -75,7 +75,7 @@ def test_two_chunks_equal_one_call(model, cut):
     assert_close(chunked_hidden, hidden)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(1, 6), min_size=3, max_size=3),
     first=st.lists(st.integers(1, 6), min_size=3, max_size=3),

@@ -112,6 +112,18 @@ def check(what: str, measured: float, bar: float) -> None:
     assert measured <= bar, f"{what}: {measured:.3e} is above {bar:.1e}"
 
 
+@pytest.mark.parametrize("compile_", ["script", "trace"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_oracle_becomes_torchscript(attention, compile_):
+    config = small_model(attention, "class_and_hidden_tokens", "mlp")
+    oracle = make_oracle(config, seed=0)
+    inputs = for_torch(make_video(2, 3, 32)), oracle.initial_state(2)
+    compiled = torch.jit.script(oracle) if compile_ == "script" else torch.jit.trace(oracle, inputs)
+    with torch.no_grad():
+        for ours, theirs in zip(compiled(*inputs), oracle(*inputs), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 # --------------------------------------------------------------------------- part by part
 
 
