@@ -7,10 +7,16 @@ The defaults are the reference's demo on 20BN-Jester: RViT with D 192, two layer
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    """Returns the base config; the other files of this folder change what differs."""
+def get_config(variant: str | None = None) -> ConfigDict:
+    """Returns the base config; the other files of this folder change what differs.
+
+    Raises:
+        ValueError: a variant is asked for; there is none.
+    """
+    if variant is not None:
+        raise ValueError(f"configs/base.py has no variant {variant!r}")
     config = ConfigDict()
-    config.seed = 8415  # of initial weights, shuffling and dropout; any integer from 0
+    config.seed = 8415  # of initial weights, shuffling and dropout; 0 to 2^32 - 1
 
     config.model = ConfigDict()
     config.model.image_size = 112  # H = W: pixels a side of the square frames that the model sees

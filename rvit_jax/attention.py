@@ -33,11 +33,6 @@ def linear_attention(q: Heads, k: Heads, v: Heads) -> Heads:
     return q @ (jnp.swapaxes(k, -1, -2) @ v)  # [B, A, S, C] @ [B, A, C, C]
 
 
-def linear_attention_maps(q: Heads, k: Heads) -> AttentionMaps:
-    """The S x S weights that `linear_attention` applies; rows do not sum to 1."""
-    return _elu_plus_one(q) @ jnp.swapaxes(_elu_plus_one(k), -1, -2)
-
-
 def softmax_attention_maps(q: Heads, k: Heads) -> AttentionMaps:
     """Scaled dot-product attention weights; each row (query) sums to 1."""
     scores = (q * q.shape[-1] ** -0.5) @ jnp.swapaxes(k, -1, -2)
@@ -55,6 +50,9 @@ class AttentionGate(nnx.Module):
         unused_reattention: carry re-attention parameters that take no part in the computation,
             as the reference's later source does; only for `kind` other than "reattention".
         rngs: for the initial parameters.
+
+    Raises:
+        ValueError: another `kind`.
     """
 
     def __init__(
@@ -66,6 +64,8 @@ class AttentionGate(nnx.Module):
         unused_reattention: bool = False,
         rngs: nnx.Rngs,
     ):
+        if kind not in ATTENTION_KINDS:
+            raise ValueError(f"attention kind {kind!r}: choose from {', '.join(ATTENTION_KINDS)}")
         self.kind = kind
         self.num_heads = num_heads
         self.to_qkv = Linear(hidden_size, 3 * hidden_size, rngs=rngs)
@@ -86,9 +86,7 @@ class AttentionGate(nnx.Module):
         return q, k, v
 
     def maps(self, q: Heads, k: Heads) -> AttentionMaps:
-        """The weights with which each query (row) sums the values (columns)."""
-        if self.kind == "linear":
-            return linear_attention_maps(q, k)
+        """Softmax weights with which each query (row) sums the values, re-attended if so made."""
         maps = softmax_attention_maps(q, k)
         if self.kind == "reattention":
             maps = jnp.einsum("bhqk,hg->bgqk", maps, self.reattention_kernel[...])

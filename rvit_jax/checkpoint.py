@@ -13,7 +13,7 @@ itself: it may be moved or copied.
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +89,27 @@ PREPROCESSING_KEYS = ("num_frames", "frame_stride", "sampling", "short_clips", "
 
 
 class _KeepLatestAndBest(policies.PreservationPolicy):
-    """Keeps the latest `keep` checkpoints and the best one; of equals the later is the best."""
+    """Keeps the latest `keep` checkpoints and the best one; of equals the later is the best.
 
-    def __init__(self, keep: int):
-        self._keep = keep
+    Args:
+        keep: how many of the latest.
+        metrics_of: step -> its validation metrics, None where it was not evaluated.
+    """
+
+    def __init__(self, keep: int, metrics_of: Callable[[int], dict[str, Any] | None]):
+        self._keep, self._metrics_of = keep, metrics_of
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        """Whether each checkpoint stays; they come in the order of their steps."""
         del context
-        scored = [c for c in checkpoints if c.metrics]
-        best = max(scored, key=lambda c: (c.metrics["top1"], c.step)).step if scored else None
-        latest = {c.step for c in checkpoints[-self._keep :]}
-        return [c.step in latest or c.step == best for c in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = max(steps, key=lambda step: _rank(self._metrics_of(step), step), default=None)
+        return [step in steps[-self._keep :] or step == best for step in steps]
+
+
+def _rank(metrics: dict[str, Any] | None, step: int) -> tuple[float, int]:
+    """The greatest is the best checkpoint: highest top1, of equals the later."""
+    return (metrics["top1"] if metrics else -1.0, step)
 
 
 class Checkpoints:
@@ -117,11 +127,12 @@ class Checkpoints:
     def __init__(self, workdir: Path, description: dict[str, Any], *, keep: int):
         self.workdir = Path(workdir).absolute()
         self._description = description
+        self._metrics: dict[int, dict[str, Any] | None] = {}  # of steps saved by this process
         self.workdir.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.workdir / "checkpoints",
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=_KeepLatestAndBest(keep),
+                preservation_policy=_KeepLatestAndBest(keep, self._metrics_of),
                 cleanup_tmp_directories=True,
             ),
             item_handlers={
@@ -141,20 +152,28 @@ class Checkpoints:
     def save(
         self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, Any] | None
     ) -> None:
-        """Saves in the background what a step needs to go on; a step saved already is left."""
+        """Saves in the background what a step needs to go on.
+
+        A step that is there already gets the metrics that it lacked, and is left as it is.
+        """
         self._manager.check_for_errors()  # of the save before
         step = int(state.step)
+        meta = {**self._description, "step": step, "metrics": metrics}
         if step in self._manager.all_steps():
+            if metrics is not None and self._metrics_of(step) is None:
+                self.wait()
+                write_json(_meta_file(self._folder(step)), meta)
+                self._metrics[step] = metrics
             return
+        self._metrics[step] = metrics
         saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(_variables(state)),
                 optimizer=ocp.args.StandardSave(_optimizer_item(state)),
                 data=ocp.args.JsonSave(data_position),
-                meta=ocp.args.JsonSave({**self._description, "step": step, "metrics": metrics}),
+                meta=ocp.args.JsonSave(meta),
             ),
-            metrics={"top1": metrics["top1"]} if metrics else None,
         )
         if not saved:
             raise RuntimeError(f"{self.workdir}: the checkpoint of step {step} was not written")
@@ -193,6 +212,16 @@ class Checkpoints:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
 
+    def _folder(self, step: int) -> Path:
+        return self.workdir / "checkpoints" / str(step)
+
+    def _metrics_of(self, step: int) -> dict[str, Any] | None:
+        """A step's validation metrics: Orbax's own record of them does not outlive the process."""
+        if step not in self._metrics:
+            file = _meta_file(self._folder(step))
+            self._metrics[step] = json.loads(file.read_text())["metrics"] if file.exists() else None
+        return self._metrics[step]
+
     def _check_same_run(self, meta: dict[str, Any], step: int) -> None:
         """Refuses to go on with a config that gives another run."""
         old, new = ConfigDict(meta["config"]), ConfigDict(self._description["config"])
@@ -204,6 +233,8 @@ class Checkpoints:
                 continue
             if key in FREE_KEYS:
                 logging.warning("resuming with config.%s=%s (was %s)", key, now, was)
+                if key == "num_epochs" and new.optimizer.schedule == "cosine":
+                    logging.warning("the learning rate goes on along the new run's cosine")
             else:
                 changed.append(f"config.{key}: {was!r} there, {now!r} now")
         if changed:
@@ -330,11 +361,15 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if (path / "params").is_dir():
         return path
     steps_folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = [p for p in steps_folder.glob("[0-9]*") if p.name.isdigit() and (p / "params").is_dir()]
+    steps = [
+        folder
+        for folder in steps_folder.glob("[0-9]*")
+        if folder.name.isdigit() and (folder / "params").is_dir() and _meta_file(folder).is_file()
+    ]
     if not steps:
         exists = "holds no checkpoint" if path.exists() else "does not exist"
         raise FileNotFoundError(
@@ -342,16 +377,16 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
             "folders, or a converted model; train one with python -m rvit_jax.main "
             "--config=configs/gestures.py"
         )
+    return max(steps, key=lambda f: _rank(_read_description(f).get("metrics"), int(f.name)))
 
-    def rank(step: Path) -> tuple[float, int]:
-        metrics = _read_description(step).get("metrics")
-        return (metrics["top1"] if metrics else -1.0, int(step.name))
 
-    return max(steps, key=rank)
+def _meta_file(folder: Path) -> Path:
+    """`model.json` of a checkpoint of training."""
+    return folder / "meta" / "model.json"
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    for file in (folder / "meta" / "model.json", folder / "model.json"):
+    for file in (_meta_file(folder), folder / "model.json"):
         if file.is_file():
             try:
                 description = json.loads(file.read_text())

@@ -6,8 +6,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from input_pipeline.jester import CLASS_NAMES
+from rvit_jax.attention import ATTENTION_KINDS
+
 _CHOICES = {
-    "model.attention": ("linear", "softmax", "reattention"),
+    "model.attention": ATTENTION_KINDS,
     "model.readout": ("class_token", "class_and_hidden_tokens"),
     "model.head": ("linear", "mlp"),
     "model.remat": ("none", "dots", "frames"),
@@ -102,12 +105,13 @@ def check_model_config(model: ConfigDict) -> None:
         )
 
 
-def check_config(config: ConfigDict, reference: ConfigDict) -> None:
+def check_config(config: ConfigDict, reference: ConfigDict, *, training: bool = True) -> None:
     """Checks a whole config before anything is read or written.
 
     Args:
         config: the config of a run.
         reference: `configs/base.py`'s, which holds every key with a value of the right type.
+        training: the model is made from the config, not taken from a checkpoint.
 
     Raises:
         ValueError: an unknown or missing key, a wrong type, a value out of range, or two values
@@ -130,8 +134,11 @@ def check_config(config: ConfigDict, reference: ConfigDict) -> None:
                 f"{type(default).__name__}, such as {default!r}"
             )
     _check_values(config)
-    check_model_config(config.model)
     _check_dataset(config)
+    if training:
+        check_model_config(config.model)
+        _check_classes(config)
+        _check_warmup(config)
     if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
         raise ValueError(f"config.optimizer.betas={config.optimizer.betas}: two numbers in [0, 1)")
 
@@ -148,13 +155,31 @@ def _check_values(config: ConfigDict) -> None:
             raise ValueError(f"config.{key}={value} is out of range: {limits}")
 
 
-def _check_dataset(config: ConfigDict) -> None:
-    dataset = config.dataset
-    if dataset.classes and len(dataset.classes) != config.model.num_classes:
+def _check_classes(config: ConfigDict) -> None:
+    names = config.dataset.classes or CLASS_NAMES
+    if len(names) != config.model.num_classes:
+        which = "names" if config.dataset.classes else "=() means Jester's"
         raise ValueError(
-            f"config.dataset.classes names {len(dataset.classes)} classes, but "
+            f"config.dataset.classes {which} {len(names)} classes, but "
             f"config.model.num_classes={config.model.num_classes}: make them agree"
         )
+
+
+def _check_warmup(config: ConfigDict) -> None:
+    schedule, warmup = config.optimizer.schedule, config.optimizer.warmup_epochs
+    if schedule == "step" and warmup != int(warmup):
+        raise ValueError(
+            f"config.optimizer.warmup_epochs={warmup}: schedule 'step' warms up by whole epochs"
+        )
+    if schedule == "cosine" and warmup >= config.num_epochs:
+        raise ValueError(
+            f"config.optimizer.warmup_epochs={warmup} must be below "
+            f"config.num_epochs={config.num_epochs}"
+        )
+
+
+def _check_dataset(config: ConfigDict) -> None:
+    dataset = config.dataset
     if len(set(dataset.classes)) != len(dataset.classes):
         raise ValueError(f"config.dataset.classes names a class twice: {list(dataset.classes)}")
     if dataset.frame_packing == "channel_planes" and dataset.short_clips == "ragged":

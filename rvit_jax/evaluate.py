@@ -163,6 +163,7 @@ def evaluate(
         FileNotFoundError: no checkpoint, no data.
         ValueError: the checkpoint and the config contradict each other.
     """
+    checkpoint.check_writable(workdir)
     loaded = checkpoint.load(checkpoint_path)
     config = use_checkpoint_config(config, loaded.config, overrides)
     dataset = input_pipeline.get_dataset(config, split)
@@ -177,7 +178,9 @@ def evaluate(
         fixed,
         dataset,
         num_classes=len(loaded.class_names),
-        label_index=match_labels(dataset.class_names, loaded.class_names),
+        label_index=(
+            match_labels(dataset.class_names, loaded.class_names) if dataset.has_labels else None
+        ),
         progress=f"evaluating {split}",
     )
     dataset.close()
@@ -225,7 +228,7 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> np
         raise ValueError(
             f"the data set has {len(unknown)} classes that the checkpoint does not know, "
             f"{unknown[0]!r} among them{suggest(unknown[0], model_names)} Choose the classes with "
-            "--config.dataset.classes"
+            "--config.dataset.classes=\"('NAME', 'NAME')\""
         )
     return np.array([model_names.index(name) for name in dataset_names], np.int32)
 

@@ -30,7 +30,9 @@ flags.DEFINE_string(
     "What --mode=evaluate evaluates: a workdir (its best checkpoint), one checkpoint folder or a "
     "converted model; by default the workdir.",
 )
-flags.DEFINE_string("split", "validation", "What --mode=evaluate evaluates it on.")
+flags.DEFINE_enum(
+    "split", "validation", ["train", "validation", "test"], "What --mode=evaluate evaluates it on."
+)
 flags.DEFINE_bool("debug", False, "Show tracebacks and the libraries' log.")
 
 
@@ -56,9 +58,10 @@ def _parse_or_raise(argv: list[str]) -> list[str]:
             key = name.removeprefix("config.")
             raise _ArgumentError(f"the config has no key {key!r}{suggest(key, known)}")
         if name == "config" and file and not Path(file).is_file():
+            files = sorted(str(f) for f in Path("configs").glob("[a-z]*.py") if f.stem != "base")
             raise _ArgumentError(
                 f"--config={value}: there is no file {file}; this repository's are "
-                f"{', '.join(sorted(map(str, Path('configs').glob('*.py')))) or 'in configs/'}"
+                f"{', '.join(files) or 'in its folder configs/'}"
             )
     try:
         rest = FLAGS(argv)
@@ -67,16 +70,25 @@ def _parse_or_raise(argv: list[str]) -> list[str]:
     except flags.Error as error:
         # A config file that raises comes as its whole traceback; the last line is the reason.
         raise _ArgumentError(str(error).strip().splitlines()[-1]) from error
+    except Exception as error:  # a config file of the user's own may raise anything
+        reason = " ".join(str(error).split())
+        raise _ArgumentError(
+            f"the config cannot be read: {type(error).__name__}: {reason}"
+        ) from error
     if len(rest) > 1:
         raise _ArgumentError(f"{rest[1]!r} is no flag: flags begin with -- (--help lists them)")
     if CONFIG.value is None:
         raise _ArgumentError("--config is missing: say --config=configs/gestures.py")
+    if FLAGS.checkpoint and FLAGS.mode == "train":
+        raise _ArgumentError(
+            "--checkpoint is for --mode=evaluate; training goes on from the workdir's checkpoints"
+        )
     return rest
 
 
 def _workdir() -> Path:
     if FLAGS.workdir:
-        return Path(FLAGS.workdir)
+        return Path(FLAGS.workdir).expanduser()
     file, _, variant = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     return Path("results") / "_".join(filter(None, (Path(file).stem, variant)))
 
@@ -84,7 +96,7 @@ def _workdir() -> Path:
 def _run(_: list[str]) -> None:
     config = CONFIG.value
     try:
-        check_config(config, base.get_config())
+        check_config(config, base.get_config(), training=FLAGS.mode == "train")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -115,7 +127,7 @@ def main(argv: list[str]) -> None:
         print(f"{stop}; the state is saved, and the same command goes on", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
-        print("stopped by signal 2; the same command goes on", file=sys.stderr)
+        print("stopped by signal 2; give the same command again", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if FLAGS.debug:

@@ -312,6 +312,8 @@ class RViT(nnx.Module):
                 f"{name}: got shape {frames.shape}, but the model reads frames of "
                 f"{side} x {side} pixels, channels last; resize them first (`loaded.preprocess`)"
             )
+        if frames.dtype != jnp.uint8 and not jnp.issubdtype(frames.dtype, jnp.floating):
+            raise ValueError(f"{name}: got {frames.dtype}, expected uint8 or floats in [-1, 1]")
 
     def _check_hidden(self, hidden: Hidden, batch_size: int) -> None:
         num_layers, _, _, size = self.hidden_class_token.shape
@@ -327,9 +329,12 @@ def check_num_frames(num_frames: NumFrames | None, batch_size: int, most: int) -
     """Raises ValueError unless `num_frames` is [B] in 1...T; values under a trace pass."""
     if num_frames is None:
         return
-    if num_frames.shape != (batch_size,):
+    if not hasattr(num_frames, "dtype"):
+        num_frames = np.asarray(num_frames)
+    if num_frames.shape != (batch_size,) or not jnp.issubdtype(num_frames.dtype, jnp.integer):
         raise ValueError(
-            f"num_frames: got shape {num_frames.shape}, expected [B] = ({batch_size},)"
+            f"num_frames: got {num_frames.dtype} {num_frames.shape}, expected whole numbers "
+            f"[B] = ({batch_size},)"
         )
     if isinstance(num_frames, jax.core.Tracer):
         return
@@ -364,6 +369,8 @@ class CompiledRViT:
     ) -> tuple[Logits, Hidden]:
         """`RViT.__call__`."""
         check_num_frames(num_frames, *video.shape[:2])
+        if num_frames is not None:
+            num_frames = jnp.asarray(num_frames)
         return self._call(self._leaves, video, hidden, num_frames)
 
     def step(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -52,7 +53,8 @@ class _StopRequest:
         if self.signum is not None:
             os._exit(128 + signum)
         self.signum = signum
-        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+        # Not `print`, which may have been interrupted by the signal itself.
+        os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
     @contextlib.contextmanager
     def listen(self) -> Iterator["_StopRequest"]:
@@ -81,7 +83,13 @@ class Records:
         """Drops records after `step`, which will be made again; returns that of `step` itself."""
         if not self._path.exists():
             return None
-        records = [json.loads(line) for line in self._path.read_text().splitlines() if line]
+        records = []
+        for line in self._path.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                # Written in part, by a kill or on a full disk; its evaluation is made again.
+                logging.warning("%s: dropping a damaged line: %.60s", self._path, line)
         records = [record for record in records if record["step"] <= step]
         aside = self._path.with_name(f".{self._path.name}.tmp")
         aside.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -127,14 +135,15 @@ class _TrainingSums:
         """Waits for the device and checks the losses.
 
         Raises:
-            FloatingPointError: a loss is not finite.
+            FloatingPointError: a loss or a gradient is not finite.
         """
         for sums in jax.device_get(self._pending):
             self._steps += 1
-            if not math.isfinite(sums["loss"]):
+            if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
                 raise FloatingPointError(
-                    "the training loss is not finite: lower config.optimizer.learning_rate or set "
-                    "config.optimizer.clip_norm; the last checkpoint is from before"
+                    "the training loss or its gradient is not finite: lower "
+                    "config.optimizer.learning_rate or set config.optimizer.clip_norm; the last "
+                    "checkpoint is from before"
                 )
             for key in self._total:
                 self._total[key] += float(sums[key])
@@ -142,8 +151,10 @@ class _TrainingSums:
         self._looked = time.monotonic()
 
     def means(self) -> dict[str, float]:
-        """Loss and top1 over the clips trained on since `reset`."""
-        clips = max(self._total["clips"], 1.0)
+        """Loss and top1 over the clips trained on since `reset`; empty where there were none."""
+        clips = self._total["clips"]
+        if not clips:
+            return {}
         return {"loss": self._total["loss"] / clips, "top1": self._total["right"] / clips}
 
 
@@ -163,6 +174,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         FloatingPointError: a loss is not finite.
     """
     checkpoint.check_writable(workdir)  # before the data, which may have to be drawn
+    if config.test_after_training:
+        _check_test_split(config)
     train_data = input_pipeline.get_dataset(config, "train")
     validation_data = input_pipeline.get_dataset(config, "validation")
     run = _Run(config, workdir, train_data, validation_data)
@@ -177,6 +190,16 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if config.test_after_training:
         record = evaluate.evaluate(config, workdir, "test", workdir)
         print(f"test: {_percentages(record)}, checkpoint of step {record['step']}")
+
+
+def _check_test_split(config: ConfigDict) -> None:
+    """Raises now what would come after the whole training."""
+    with contextlib.closing(input_pipeline.get_dataset(config, "test")) as test_data:
+        if not test_data.has_labels:
+            raise ValueError(
+                "config.test_after_training=True, but the test split has no labels: set it to "
+                "False; --mode=evaluate --split=test then gives predictions"
+            )
 
 
 class _Run:
@@ -204,34 +227,38 @@ class _Run:
 
     def train(self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest) -> None:
         """The loop; see `train_and_evaluate`."""
-        state, record = self.initial_state, None
-        step = 0
-        records = Records(self.workdir)
+        state, step = self.initial_state, 0
         restored = checkpoints.restore_latest(state)
         if restored is not None:
             state, position = restored
             self.train_data.set_state(position)
             step = int(state.step)
+            if step > self.total_steps:
+                raise ValueError(
+                    f"{self.workdir} is at step {step}, past the {self.total_steps} of "
+                    f"config.num_epochs={self.config.num_epochs}: raise it, or take another "
+                    "--workdir"
+                )
             print(f"resuming {self.workdir} at step {step} of {self.total_steps}")
+        records, sums = Records(self.workdir), _TrainingSums()
         record = records.cut_back(step)
-        sums = _TrainingSums()
         with contextlib.closing(records), self._progress_bar(step) as bar:
             while True:
                 if self._evaluation_is_due(step) and record is None:
                     sums.fetch()
                     record = self._validate(state, stop)
                     if record is not None:
-                        records.write(record, {**sums.means(), "lr": float(self.schedule(step))})
-                        self._report(bar, step, sums.means(), record)
+                        means = sums.means()
+                        records.write(record, {**means, "lr": float(self.schedule(step))})
+                        self._report(bar, step, means, record)
                         sums.reset()
-                        checkpoints.save(state, self.train_data.get_state(), record)
-                if stop:
+                if stop or step == self.total_steps or record is not None:
+                    sums.fetch()  # a state whose loss is not finite is not saved
                     checkpoints.save(state, self.train_data.get_state(), record)
+                if stop or step == self.total_steps:
                     checkpoints.wait()
-                    raise Interrupted(stop.signum)
-                if step >= self.total_steps:
-                    checkpoints.save(state, self.train_data.get_state(), record)
-                    checkpoints.wait()
+                    if stop:
+                        raise Interrupted(stop.signum)
                     return
                 batch = next(self.train_data)
                 state, step_sums = self.train_step(state, evaluate.on_device(batch))
@@ -242,7 +269,7 @@ class _Run:
                 bar.update(int(batch["mask"].sum()))
                 every = self.config.checkpoint_every_steps
                 if every and step % every == 0 and not self._evaluation_is_due(step):
-                    sums.fetch()  # a state with a loss that is not finite is not saved
+                    sums.fetch()
                     checkpoints.save(state, self.train_data.get_state(), None)
 
     def _evaluation_is_due(self, step: int) -> bool:
@@ -271,9 +298,13 @@ class _Run:
 
     def _report(self, bar: tqdm, step: int, training: dict[str, float], record) -> None:
         epoch = step / self.steps_per_epoch
+        seen = (
+            f"training loss {training['loss']:.4f}, top1 {training['top1']:.2%}; "
+            if training  # nothing, where a resumed run begins with its evaluation
+            else ""
+        )
         bar.write(
-            f"epoch {epoch:g}/{self.config.num_epochs}, step {step}: training loss "
-            f"{training['loss']:.4f}, top1 {training['top1']:.2%}; validation "
+            f"epoch {epoch:g}/{self.config.num_epochs}, step {step}: {seen}validation "
             f"{_percentages(record)}"
         )
 

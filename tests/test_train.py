@@ -231,6 +231,81 @@ def test_old_checkpoints_go_and_the_best_stays(data_dir, tmp_path):
     assert kept == {best, 15}
 
 
+def test_the_best_stays_across_restarts(data_dir, tmp_path):
+    """What was best is known from the disk, not from the process that made it."""
+    config = tiny_run(data_dir, keep_checkpoints=1)
+    train.train_and_evaluate(config, tmp_path)
+    best = max(records(tmp_path), key=lambda r: (r["top1"], r["step"]))["step"]
+    file = tmp_path / "checkpoints" / str(best) / "meta" / "model.json"
+    meta = json.loads(file.read_text())
+    meta["metrics"]["top1"] = 1.0  # nothing later is better; equals would be
+    file.write_text(json.dumps(meta))
+    config.optimizer.learning_rate = 0.0
+    config.num_epochs = 5
+    with pytest.raises(ValueError, match="another config"):
+        train.train_and_evaluate(config, tmp_path)
+    config.optimizer.learning_rate = 1e-4
+    train.train_and_evaluate(config, tmp_path)
+    later = {r["step"]: r["top1"] for r in records(tmp_path) if r["step"] > 6}
+    kept = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
+    assert all(top1 < 1.0 for top1 in later.values())
+    assert kept == {best, 15}
+    assert resolve_checkpoint(tmp_path).name == str(best)
+
+
+def test_a_stop_in_the_evaluation_leaves_it_to_the_next_start(
+    finished, data_dir, tmp_path, monkeypatch
+):
+    evaluate_split = evaluate.evaluate_split
+
+    def interrupted(*args, should_stop, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate_split(*args, should_stop=should_stop, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train.evaluate, "evaluate_split", interrupted)
+        with pytest.raises(train.Interrupted):
+            train.train_and_evaluate(tiny_run(data_dir), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+    train.train_and_evaluate(tiny_run(data_dir), tmp_path)
+    assert [r["step"] for r in records(tmp_path)] == [3, 6]
+    for step in (3, 6):  # the checkpoint that was there got its metrics
+        file = tmp_path / "checkpoints" / str(step) / "meta" / "model.json"
+        theirs = finished / "checkpoints" / str(step) / "meta" / "model.json"
+        top1 = [json.loads(f.read_text())["metrics"]["top1"] for f in (file, theirs)]
+        assert top1[0] == top1[1]
+    assert resolve_checkpoint(tmp_path).name == resolve_checkpoint(finished).name
+
+
+def test_a_run_is_not_cut_short(finished, data_dir):
+    config = tiny_run(data_dir)
+    config.num_epochs = 1
+    with pytest.raises(ValueError, match=r"at step 6, past the 3 of config\.num_epochs=1"):
+        train.train_and_evaluate(config, finished)
+
+
+def test_a_damaged_record_is_dropped(finished, data_dir, tmp_path):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "valid')
+    train.train_and_evaluate(tiny_run(data_dir), tmp_path)
+    assert [r["step"] for r in records(tmp_path)] == [3, 6]
+
+
+def test_a_checkpoint_is_what_was_evaluated(finished, data_dir, tmp_path):
+    """Saving in the background while training goes on saves the step's own numbers."""
+    for expected in records(finished):
+        folder = finished / "checkpoints" / str(expected["step"])
+        record = evaluate.evaluate(tiny_run(data_dir), tmp_path, "validation", folder)
+        assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def test_testing_after_training_needs_labels(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="the test split has no labels"):
+        train.train_and_evaluate(tiny_run(data_dir, test_after_training=True), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_checkpoints_between_evaluations(data_dir, tmp_path):
     train.train_and_evaluate(tiny_run(data_dir, checkpoint_every_steps=2), tmp_path)
     steps = {int(p.name) for p in (tmp_path / "checkpoints").iterdir()}
@@ -325,6 +400,9 @@ class TestCommandLine:
             (["--config=configs/jester.py", "--mode=trian"], 2, "train|evaluate"),
             (["--config=configs/jester.py", "--config.batch_size=x"], 2, "'x'"),
             ([], 2, "--config is missing"),
+            (["--config=configs/jester.py", "--checkpoint=results/x"], 2, "for --mode=evaluate"),
+            (["--config=configs/jester.py", "--mode=evaluate", "--split=val"], 2, "validation"),
+            (["--config=configs/jester.py", "--config.model.num_classes=10"], 2, "27 classes"),
             (
                 ["--config=configs/jester.py", "--config.dataset.data_dir=/nowhere"],
                 1,
@@ -353,12 +431,11 @@ class TestCommandLine:
             f"--checkpoint={finished}",
             f"--workdir={tmp_path}",
             f"--config.dataset.data_dir={data_dir}",
-            f"--config.dataset.classes={CLASSES}",
-            "--config.model.num_classes=3",
+            f"--config.dataset.classes={CLASSES[:2]}",
         )
         assert done.returncode == 0, done.stderr
         record = json.loads(done.stdout.strip().splitlines()[-1])
-        assert record["num_clips"] == 7
+        assert record["num_clips"] == sum(not row.endswith(CLASSES[2]) for row in VALIDATION)
 
     def test_a_workdir_that_cannot_be_used(self, data_dir, tmp_path):
         (tmp_path / "file").write_text("")
