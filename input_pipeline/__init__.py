@@ -6,6 +6,7 @@ nothing: Grain is imported by the first call.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,13 @@ def get_dataset(
     _check_choice("split", split, jester.SPLITS)
     _check_choice("dataset.name", config.dataset.name, ("jester", "gestures"))
     _check_choice("dataset.sampling", config.dataset.sampling, ("head",))
+    options = loader.ClipOptions.from_config(config)  # its checks come before any drawing
+    data_dir = os.path.expanduser(config.dataset.data_dir)
     if config.dataset.name == "gestures":
-        _provide_gestures(config, process_index)
+        _provide_gestures(config, data_dir, process_index)
     return loader.BatchIterator(
-        jester.read_split(
-            config.dataset.data_dir, split, tuple(config.dataset.classes), config.dataset.name
-        ),
-        loader.ClipOptions.from_config(config),
+        jester.read_split(data_dir, split, tuple(config.dataset.classes), config.dataset.name),
+        options,
         batch_size=config.batch_size,
         process_index=process_index,
         process_count=process_count,
@@ -66,14 +67,13 @@ def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{key} is {value!r}; choose one of: {', '.join(choices)}")
 
 
-def _provide_gestures(config: ConfigDict, process_index: int) -> None:
+def _provide_gestures(config: ConfigDict, data_dir: str, process_index: int) -> None:
     """Draws the gestures if data_dir does not hold them, and checks that all the classes are there.
 
     Of several processes the first one draws; the others wait until the set is finished.
     """
     from input_pipeline import gestures, jester  # gestures brings OpenCV
 
-    data_dir = config.dataset.data_dir
     classes = tuple(config.dataset.classes) or jester.CLASS_NAMES
     deadline = time.monotonic() + _GENERATION_LIMIT_S
     while True:

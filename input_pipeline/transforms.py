@@ -30,8 +30,12 @@ def resize_frame(path: str | Path, image_size: int) -> np.ndarray:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             return np.asarray(rgb.resize((image_size, image_size)))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # the system's word, not Pillow's
+            raise ValueError(f"cannot read the frame {path}: {error.strerror}") from error
         reason = str(error).replace(f" {str(path)!r}", "")
-        if isinstance(error, OSError) and error.errno is None and Path(path).stat().st_size == 0:
+        if Path(path).stat().st_size == 0:
             reason = "the file is empty"
         raise ValueError(
             f"cannot read the frame {path}: {reason}; expected a whole JPEG: "

@@ -42,6 +42,9 @@ class _ArgumentError(Exception):
 
 def _parse(argv: list[str]) -> list[str]:
     """absl's parsing, with one line and status 2 for whatever is wrong in the arguments."""
+    if {"--help", "-help", "-h", "-?"} & set(argv[1:]):
+        print(__doc__, FLAGS.main_module_help(), sep="\n")
+        sys.exit(0)
     try:
         return _parse_or_raise(argv)
     except _ArgumentError as error:

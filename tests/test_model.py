@@ -187,35 +187,6 @@ def test_one_compilation_for_each_shape():
     assert model._step._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-    ("overrides", "count"),
-    [
-        ({}, 1_193_883),
-        ({"readout": "class_and_hidden_tokens"}, 1_205_019),
-        (
-            {
-                "attention": "softmax",
-                "readout": "class_and_hidden_tokens",
-                "head": "mlp",
-                "unused_reattention": True,
-            },
-            3_861_115,
-        ),
-        (
-            {"attention": "softmax", "readout": "class_and_hidden_tokens", "head": "mlp"},
-            3_860_955,
-        ),
-    ],
-)
-def test_parameter_counts(overrides, count):
-    from configs import base
-
-    config = base.get_config().model
-    config.update(overrides)
-    state = nnx.state(nnx.eval_shape(lambda: rvit_jax.RViT(config, rngs=nnx.Rngs(0))))
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state)) == count
-
-
 def test_unused_parameters_are_no_params():
     model = small_model(attention="softmax", unused_reattention=True)
     unused = nnx.to_flat_state(nnx.state(model, UnusedParam))
