@@ -1,0 +1,19 @@
+"""The contact sheet shows the right clip's frames in the right place."""
+
+import numpy as np
+from PIL import Image
+
+from input_pipeline import jester
+from scripts.contact_sheet import CAPTION_WIDTH, draw_sheet
+from tests.jester_folder import CLASSES, labelled, make_set, reference_frame
+
+
+def test_first_clip_of_each_class(tmp_path):
+    make_set(tmp_path, {"train": labelled(1, 5)}, num_frames=5)
+    sheet = draw_sheet(jester.read_split(tmp_path, "train", CLASSES), num_frames=3, side=16)
+    assert isinstance(sheet, Image.Image)
+    assert sheet.size == (CAPTION_WIDTH + 3 * 16, 3 * 16)
+    # Class 1 ("Swiping Right") is first shown by id 1; its third column is frame 5.
+    shown = np.asarray(sheet)[16:32, CAPTION_WIDTH + 32 :]
+    expected = reference_frame(tmp_path / "20bn-jester-v1" / "1" / "00005.jpg", 16)
+    np.testing.assert_array_equal(shown, expected)
