@@ -48,7 +48,7 @@ import tqdm
 
 from input_pipeline.cpus import num_cpus
 from input_pipeline.hand import Motion, draw_frames, wander
-from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED
+from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED, SPLITS
 
 VERSION = 1  # of the drawings; a change of anything that is drawn is a new version
 TIME_CLASSES = (  # four pairs that only the order of their frames tells apart
@@ -62,7 +62,6 @@ TIME_CLASSES = (  # four pairs that only the order of their frames tells apart
     "Turning Hand Counterclockwise",
 )
 
-_SPLITS = ("train", "validation", "test")
 _MANIFEST, _UNFINISHED = "gestures.json", "unfinished.json"
 _VIDEOS, _ANNOTATIONS = "20bn-jester-v1", "annotations"
 # All one more than a multiple of 3: read at every third frame, as `configs/gestures.py` does, a
@@ -375,7 +374,7 @@ class _Drawing:
 def _plan(manifest: dict) -> list[_Drawing]:
     """Every drawing of a data set, the same for the same manifest."""
     wanted = []  # (seed, label, [(split, label, backwards), ...])
-    for split_index, split in enumerate(_SPLITS):
+    for split_index, split in enumerate(SPLITS):
         counts = _clips_per_class(manifest["classes"], manifest["num_clips"][split])
         for label in counts:
             opposite = REVERSED.get(label)
@@ -510,7 +509,7 @@ def _write_annotations(output: Path, manifest: dict, plan: list[_Drawing]) -> No
     folder = output / _ANNOTATIONS
     folder.mkdir(exist_ok=True)
     clips = sorted((clip for drawing in plan for clip in drawing.clips), key=lambda c: c.number)
-    for split in _SPLITS:
+    for split in SPLITS:
         lines = [f"{clip.number};{clip.label}\n" for clip in clips if clip.split == split]
         _write_aside(folder / f"jester-v1-{split}.csv", "".join(lines))
     _write_aside(
@@ -711,7 +710,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="all 27 of Jester's (default); time: the 8 that only the order of frames tells "
         "apart; or names with commas between",
     )
-    for split, count in zip(_SPLITS, (24_576, 2_048, 2_048), strict=True):
+    for split, count in zip(SPLITS, (24_576, 2_048, 2_048), strict=True):
         parser.add_argument(
             f"--{split}",
             type=_count,
