@@ -68,7 +68,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.dataset.data_dir = "data/gestures_all"
         config.dataset.generate.train = 32_768
         config.dataset.generate.test = 4_096
-        config.num_epochs = 5
+        config.num_epochs = 10
     elif variant is not None:
         raise ValueError(
             f"configs/gestures.py has no variant {variant!r}: leave it out, or say :all"

@@ -41,14 +41,6 @@ from rvit_jax.config import check_config
 from weights_converter import mapping
 from weights_converter.torch_rvit import TorchRViT
 
-FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
-flags.DEFINE_integer(
-    "seeds", 3, "Runs per framework, with config.seed and those that follow it.", 1
-)
-flags.DEFINE_string("workdir", "results/compare_training", "Where the results are kept.")
-flags.mark_flag_as_required("config")
-
 FRAMEWORKS = ("jax", "torch")
 # Steps that are not timed: the first ones compile and warm up.
 UNTIMED_STEPS = 3
@@ -346,15 +338,27 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def define_flags() -> None:
+    """Not at import: absl's flags are one set for the whole process, tests included."""
+    config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
+    flags.DEFINE_integer(
+        "seeds", 3, "Runs per framework, with config.seed and those that follow it.", 1
+    )
+    flags.DEFINE_string("workdir", "results/compare_training", "Where the results are kept.")
+    flags.mark_flag_as_required("config")
+
+
 def main(_: list[str]) -> None:
     """Checks the config, compares, prints the table."""
+    config = flags.FLAGS.config
     try:
-        check_config(CONFIG.value, base.get_config())
-        print(table(compare(CONFIG.value, FLAGS.seeds, Path(FLAGS.workdir))))
+        check_config(config, base.get_config())
+        print(table(compare(config, flags.FLAGS.seeds, Path(flags.FLAGS.workdir))))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)

@@ -16,13 +16,6 @@ from PIL import Image, ImageDraw
 from input_pipeline import jester
 from input_pipeline.transforms import resize_frame
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
-OUTPUT = flags.DEFINE_string("output", None, "Picture to write; its ending gives the format.")
-SPLIT = flags.DEFINE_enum("split", "test", jester.SPLITS, "Split to take the clips from.")
-FRAMES = flags.DEFINE_integer("frames", 9, "Frames of each clip, evenly spaced.", 2)
-SIDE = flags.DEFINE_integer("side", 72, "Width and height of each frame, in pixels.", 16)
-flags.mark_flags_as_required(["config", "output"])
-
 CAPTION_WIDTH = 220
 
 
@@ -43,19 +36,31 @@ def draw_sheet(split: jester.Split, num_frames: int, side: int) -> Image.Image:
     return sheet
 
 
+def define_flags() -> None:
+    """Not at import: absl's flags are one set for the whole process, tests included."""
+    config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
+    flags.DEFINE_string("output", None, "Picture to write; its ending gives the format.")
+    flags.DEFINE_enum("split", "test", jester.SPLITS, "Split to take the clips from.")
+    flags.DEFINE_integer("frames", 9, "Frames of each clip, evenly spaced.", 2)
+    flags.DEFINE_integer("side", 72, "Width and height of each frame, in pixels.", 16)
+    flags.mark_flags_as_required(["config", "output"])
+
+
 def main(_: list[str]) -> None:
     """Reads the split and writes the picture."""
-    dataset = CONFIG.value.dataset
+    args = flags.FLAGS
+    dataset = args.config.dataset
     split = jester.read_split(
-        dataset.data_dir, SPLIT.value, tuple(dataset.classes), name=dataset.name
+        dataset.data_dir, args.split, tuple(dataset.classes), name=dataset.name
     )
     if split.labels is None:
-        raise app.UsageError(f"the {SPLIT.value} split has no labels: name another with --split")
-    output = Path(OUTPUT.value)
+        raise app.UsageError(f"the {args.split} split has no labels: name another with --split")
+    output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(split, FRAMES.value, SIDE.value).save(output)
+    draw_sheet(split, args.frames, args.side).save(output)
     print(output)
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main)
