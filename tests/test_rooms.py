@@ -30,7 +30,8 @@ def test_imports_run_one_way(file):
         "configs": {"configs"},
         "input_pipeline": {"input_pipeline"},
         "rvit_jax": {"rvit_jax", "input_pipeline", "configs"},
-        "weights_converter": {"weights_converter", "rvit_jax", "configs"},
+        # A converted model carries Jester's class names.
+        "weights_converter": {"weights_converter", "rvit_jax", "input_pipeline", "configs"},
         "scripts": set(ROOMS) - {"scripts"},
     }
     assert imported(file) & set(ROOMS) <= allowed[file.parts[0]]
@@ -38,7 +39,13 @@ def test_imports_run_one_way(file):
 
 @pytest.mark.parametrize("file", FILES, ids=str)
 def test_pytorch_stays_in_its_room(file):
-    needs_it = file.parts[0] == "scripts" or file.name == "torch_rvit.py"
+    needs_it = file.parts[0] == "scripts" or file.name in (
+        "torch_rvit.py",
+        "run_archive.py",
+        "prove.py",
+        "convert.py",  # one function, to write a .pth
+        "__main__.py",  # to say so where it is missing
+    )
     assert needs_it or "torch" not in imported(file)
 
 

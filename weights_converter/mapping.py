@@ -8,13 +8,17 @@ Letters: P patch side, S tokens, D hidden size, L layers, A heads, K classes, M 
 F features of the read-out (D, or (L+1)*D with the state's tokens).
 """
 
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from __future__ import annotations
 
-import jax.numpy as jnp
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
 import numpy as np
-from flax import nnx
 from ml_collections import ConfigDict
+
+if TYPE_CHECKING:
+    # Slow to import. The table is read without, so that a bad file is refused at once.
+    from flax import nnx
 
 Path = tuple[str | int, ...]  # ("layers", 0, "norm_input", "scale"): as in `nnx.to_flat_state`
 
@@ -162,6 +166,9 @@ def load_into(model: nnx.Module, flat: Mapping[Path, np.ndarray]) -> None:
     Raises:
         ValueError: paths are missing, extra or misshapen for this model; the message lists all.
     """
+    import jax.numpy as jnp
+    from flax import nnx
+
     variables = dict(_variables(model))
     shapes = {path: variable.get_value().shape for path, variable in variables.items()}
     _audit("Flax weights", flat, shapes)
@@ -207,6 +214,8 @@ def _transposed(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
 
 
 def _variables(model: nnx.Module) -> Iterable[tuple[Path, nnx.Variable]]:
+    from flax import nnx
+
     return nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
 
 

@@ -1,0 +1,579 @@
+"""PyTorch files to converted models and back: recognised, proven, exact."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+from torch import Tensor
+
+import rvit_jax
+from rvit_jax import losses, optimizer, steps
+from tests.small import small_config
+from weights_converter import adamw, archive, convert, mapping, prove, verify
+from weights_converter.__main__ import main
+from weights_converter.recognise import recognise
+from weights_converter.run_archive import for_torch, seeded_clips
+from weights_converter.torch_rvit import TorchRViT
+
+VARIANTS = [
+    {"attention": attention, "readout": readout, "head": head, "unused_reattention": unused}
+    for attention, readout, head, unused in (
+        *itertools.product(
+            ("linear", "softmax", "reattention"),
+            ("class_token", "class_and_hidden_tokens"),
+            ("linear", "mlp"),
+            (False,),
+        ),
+        ("softmax", "class_and_hidden_tokens", "mlp", True),
+        ("linear", "class_token", "linear", True),
+    )
+]
+UNUSED = VARIANTS[-2]
+FRAMES = 5
+
+
+def variant_id(variant: dict) -> str:
+    return "-".join(str(value) for value in variant.values() if value is not False)
+
+
+def make_oracle(**model) -> TorchRViT:
+    torch.manual_seed(0)
+    return TorchRViT(small_config(**model).model).eval()
+
+
+def save(module: torch.nn.Module, file: Path, how: str, num_frames: int = FRAMES) -> Path:
+    """Writes a file of the given kind."""
+    if how == "script":
+        torch.jit.script(module).save(file)
+    elif how == "trace":
+        video = for_torch(seeded_clips(2, num_frames, 16))
+        torch.jit.trace(module, (video, module.initial_state(2))).save(file)
+    else:
+        torch.save(module.state_dict(), file)
+    return file
+
+
+def quiet(_: str) -> None:
+    """Takes the report's lines."""
+
+
+def to_flax(file: Path, out_dir: Path, **options) -> convert.Converted:
+    return convert.to_flax(file, out_dir, say=quiet, **options)
+
+
+# --------------------------------------------------------------------------- recognised
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_evidence(tmp_path, variant, how):
+    module = make_oracle(**variant, num_layers=3, hidden_size=24, num_heads=3, mlp_dim=40)
+    found = recognise(archive.read(save(module, tmp_path / "a.pth", how)))
+    assert found.attention.value == variant["attention"]
+    assert found.num_heads.value == 3
+    config = found.model_config(variant["attention"], 3)
+    expected = small_config(**variant, num_layers=3, hidden_size=24, num_heads=3, mlp_dim=40)
+    assert config == expected.model
+
+
+def test_state_dict_tells_no_attention(tmp_path):
+    file = save(make_oracle(), tmp_path / "a.pth", "state dict")
+    found = recognise(archive.read(file))
+    assert found.attention.value is None
+    assert found.num_heads.value is None
+    with pytest.raises(ValueError, match=r"--attention=linear\|softmax.*--num_heads=N"):
+        to_flax(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    to_flax(file, tmp_path / "out", attention="linear", num_heads=4)
+    assert rvit_jax.load(tmp_path / "out").config.model.attention == "linear"
+
+
+def test_the_users_word_wins_and_is_noted(tmp_path):
+    file = save(make_oracle(), tmp_path / "a.pth", "script")  # linear, 4 heads
+    found = recognise(archive.read(file), attention="softmax", num_heads=8)
+    assert (found.attention.value, found.num_heads.value) == ("softmax", 8)
+    assert "says linear" in str(found.attention)
+    assert "says 4" in str(found.num_heads)
+    with pytest.raises(ValueError, match="3 heads do not divide"):
+        recognise(archive.read(file), num_heads=3)
+    with pytest.raises(ValueError, match="no re-attention parameters"):
+        recognise(archive.read(file), attention="reattention")
+
+
+CODE = """class Attention(Module):
+  __parameters__ = []
+  to_qkv : __torch__.Linear
+  elu : __torch__.ELU
+  def forward(self: __torch__.Attention,
+    x: Tensor) -> Tensor:
+    qkv = (self.to_qkv).forward(x, )
+    q = torch.reshape(torch.slice(qkv), {sizes})
+    w = torch.{call}(q)
+    return w
+"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "call", "heads", "attention"),
+    [
+        ("[4, 5, 3, 2, 8]", "softmax", 2, "softmax"),
+        ("[_1, _2, 3, 8, -1]", "elu", 8, "linear"),
+        ("[_1, _2, 3, _3, 8]", "elu", 2, "linear"),
+        ("[_1, _2, 4, 4]", "elu", 4, "linear"),
+        ("[_1, _2, 16]", "gelu", None, None),
+        ("[0, 2, 1, 3]", "log_softmax", None, None),
+    ],
+)
+def test_constants_in_code(tmp_path, sizes, call, heads, attention):
+    """D is 16 here; a traced archive of other code than ours has no more than this."""
+    source = archive.read(save(make_oracle(), tmp_path / "a.pth", "state dict"))
+    code = {"code/__torch__.py": CODE.format(sizes=sizes, call=call)}
+    found = recognise(archive.Source(**{**vars(source), "code": code}))
+    assert found.num_heads.value == heads
+    assert found.attention.value == attention
+
+
+class RenamedRoots(TorchRViT):
+    """Root parameters under other names."""
+
+    def __init__(self, config: ConfigDict):
+        super().__init__(config)
+        for name in ("pos_embedding", "_cls", "_seq"):
+            self.register_parameter(f"other{name}", getattr(self, name))
+            delattr(self, name)
+
+
+def test_roots_of_other_names(tmp_path):
+    torch.manual_seed(0)
+    config = small_config().model
+    module = RenamedRoots(config)
+    file = save(module, tmp_path / "a.pth", "state dict")
+    found = recognise(archive.read(file))
+    assert found.names["_seq"] == "other_seq"
+    assert np.array_equal(found.weights["_seq"], module.other_seq.detach().numpy())
+    assert any("taken for pos_embedding" in note for note in found.notes)
+
+
+# --------------------------------------------------------------------------- exact
+
+
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+@pytest.mark.parametrize("variant", [VARIANTS[0], UNUSED], ids=variant_id)
+def test_there_and_back_bit_for_bit(tmp_path, variant, ending):
+    module = make_oracle(**variant)
+    file = save(module, tmp_path / "a.pth", "script")
+    to_flax(file, tmp_path / "out")
+    back = convert.to_torch(tmp_path / "out", tmp_path / f"b.{ending}")
+    state = module.state_dict()
+    if ending == "pth":
+        tensors = torch.load(back, weights_only=True)
+        TorchRViT(small_config(**variant).model).load_state_dict(tensors, strict=True)
+        tensors = {name: tensor.numpy() for name, tensor in tensors.items()}
+    else:
+        tensors = load_file(back)
+    assert tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        assert tensors[name].tobytes() == tensor.numpy().tobytes(), name
+
+
+def test_converted_model_is_complete(tmp_path):
+    """The folder alone is enough to load, and says where it came from."""
+    module = make_oracle(**UNUSED)
+    file = save(module, tmp_path / "a.pth", "script")
+    to_flax(file, tmp_path / "made", class_names=["a", "b", "c", "d", "e"])
+    (tmp_path / "made").rename(tmp_path / "moved")
+    loaded = rvit_jax.load(tmp_path / "moved")
+    assert loaded.class_names == ("a", "b", "c", "d", "e")
+    assert loaded.config.model == small_config(**UNUSED).model
+    video = seeded_clips(2, FRAMES, 16)
+    with torch.no_grad():
+        theirs, _ = module(for_torch(video), module.initial_state(2))
+    ours, _ = loaded.model(video)
+    assert prove.relative_error(ours, theirs.numpy()) < 1e-5
+    origin = json.loads((tmp_path / "moved" / "model.json").read_text())["converted_from"]
+    assert origin["sha256"] == archive.read(file).sha256
+    assert origin["parity"] == {"proven": False, "reason": origin["parity"]["reason"]}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "moved"]
+
+
+def test_jester_names_for_27_classes(tmp_path):
+    file = save(make_oracle(num_classes=27), tmp_path / "a.pth", "script")
+    to_flax(file, tmp_path / "out")
+    names = rvit_jax.load(tmp_path / "out").class_names
+    assert (names[0], names[26]) == ("Swiping Left", "Doing other things")
+
+
+# --------------------------------------------------------------------------- proven
+
+
+class AddsH(torch.nn.Module):
+    """An encoder whose new state lacks the positions."""
+
+    def __init__(self, encoder: torch.nn.Module):
+        super().__init__()
+        self.layers = encoder.layers
+
+    def forward(
+        self, x: Tensor, hidden: list[Tensor], pos_embedding: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        new_hidden: list[Tensor] = []
+        for index, layer in enumerate(self.layers):
+            for block in layer:
+                x, state = block(x + pos_embedding, hidden[index] + pos_embedding)
+                new_hidden.append(state - pos_embedding)
+        return x, new_hidden
+
+
+def in_process(monkeypatch) -> None:
+    """Runs files here: a child's imports take seconds."""
+    from weights_converter import run_archive
+
+    def run(file: Path, request: dict, timeout: float) -> tuple[dict, dict]:
+        folder = Path(file).with_suffix(".run")
+        folder.mkdir(exist_ok=True)
+        (folder / "request.json").write_text(json.dumps(request))
+        run_archive.main(str(file), str(folder / "request.json"), str(folder))
+        result = json.loads((folder / "result.json").read_text())
+        if "failed" in result:
+            raise prove.NotRun(result["failed"])
+        return result, {f.stem: np.load(f) for f in folder.glob("*.npy")}
+
+    monkeypatch.setattr(prove, "run_in_child", run)
+
+
+@pytest.mark.parametrize(
+    ("variant", "how"),
+    [*((variant, "trace") for variant in VARIANTS), (VARIANTS[0], "script"), (UNUSED, "script")],
+    ids=lambda value: value if isinstance(value, str) else variant_id(value),
+)
+def test_proof(tmp_path, monkeypatch, variant, how):
+    in_process(monkeypatch)
+    module = make_oracle(**variant, num_layers=1)
+    file = save(module, tmp_path / "a.pth", how)
+    # The evidence is no help: it says something else.
+    wrong = "linear" if variant["attention"] == "softmax" else "softmax"
+    proof = prove.prove(recognise(archive.read(file), attention=wrong))
+    assert proof.candidate == prove.Candidate(variant["attention"], 4)
+    assert proof.logits <= 1e-5
+    assert proof.state <= 1e-5
+    assert proof.clips == ((1, 36) if how == "script" else (1, FRAMES))
+
+
+def test_proof_finds_the_heads(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    module = make_oracle(attention="softmax", num_heads=2, num_layers=1)
+    found = recognise(archive.read(save(module, tmp_path / "a.pth", "trace")))
+    unknown = type(found.num_heads)(None)
+    proof = prove.prove(type(found)(**{**vars(found), "num_heads": unknown}))
+    assert proof.candidate == prove.Candidate("softmax", 2)
+
+
+def test_a_child_process_runs_the_file(tmp_path):
+    file = save(make_oracle(**UNUSED, num_layers=1), tmp_path / "a.pth", "trace")
+    converted = to_flax(file, tmp_path / "out", prove=True)
+    assert converted.proof.candidate.attention == "softmax"
+    description = json.loads((tmp_path / "out" / "model.json").read_text())
+    parity = description["converted_from"]["parity"]
+    assert parity["proven"]
+    assert parity["logits"] <= 1e-5
+
+
+def test_another_function_is_not_proven(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    module = make_oracle(num_layers=1)
+    module.transformer.layers[0][0].mlp.net[1] = torch.nn.Tanh()
+    file = save(module, tmp_path / "a.pth", "trace")
+    with pytest.raises(ValueError, match="computes what no candidate does; the closest: linear"):
+        to_flax(file, tmp_path / "out", prove=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nearly_the_same_function_is_not_proven(tmp_path, monkeypatch):
+    """The tanh form of GELU differs by a few 1e-4: more than rounding."""
+    in_process(monkeypatch)
+    module = make_oracle(num_layers=1, attention="softmax")
+    module.transformer.layers[0][0].mlp.net[1] = torch.nn.GELU(approximate="tanh")
+    file = save(module, tmp_path / "a.pth", "trace")
+    with pytest.raises(ValueError, match="a little different"):
+        to_flax(file, tmp_path / "out", prove=True)
+
+
+def test_state_without_positions_is_recognised(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    module = make_oracle(num_layers=1)
+    module.transformer = AddsH(module.transformer)
+    file = save(module, tmp_path / "a.pth", "trace")
+    with pytest.raises(ValueError, match=r"state a \+ h, token 0 learned"):
+        to_flax(file, tmp_path / "out", prove=True)
+
+
+class WantsCuda(torch.nn.Module):
+    """A traced file with its device baked in."""
+
+    def __init__(self, rvit: TorchRViT):
+        super().__init__()
+        for name, child in rvit.named_children():
+            setattr(self, name, child)
+        for name, parameter in list(rvit.named_parameters(recurse=False)):
+            self.register_parameter(name, parameter)
+
+    def forward(self, video: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cls.to(torch.device("cuda:0")), state
+
+
+def test_what_cannot_run_here_is_converted_and_says_so(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    file = tmp_path / "a.pth"
+    torch.jit.script(WantsCuda(make_oracle())).save(file)
+    said = []
+    converted = convert.to_flax(file, tmp_path / "out", prove=True, say=said.append)
+    assert converted.proof is None
+    assert "CUDA" in converted.why_not_proven or "cuda" in converted.why_not_proven
+    assert any("NOT PROVEN" in line for line in said)
+
+
+class LoopsForEver(TorchRViT):
+    def forward(self, video: Tensor, state: Tensor) -> Tensor:
+        while True:
+            state = state + 1.0
+        return state
+
+
+def test_a_run_without_end_is_stopped(tmp_path):
+    file = tmp_path / "a.pth"
+    torch.jit.script(LoopsForEver(small_config().model)).save(file)
+    converted = to_flax(file, tmp_path / "out", prove=True, timeout=4.0, attention="linear")
+    assert "did not end within 4 s" in converted.why_not_proven
+
+
+# --------------------------------------------------------------------------- verified
+
+
+def parts_of(file: Path, checkpoint: Path, **options) -> dict[str, verify.Part]:
+    return {part.name: part for part in verify.verify(file, checkpoint, **options)}
+
+
+@pytest.mark.parametrize("options", [{}, {"prove": True}], ids=["oracle", "own code"])
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_verify(tmp_path, monkeypatch, options, how):
+    in_process(monkeypatch)
+    file = save(make_oracle(**UNUSED), tmp_path / "a.pth", how)
+    to_flax(file, tmp_path / "out")
+    parts = parts_of(file, tmp_path / "out", **options)
+    frames = FRAMES if options and how == "trace" else 36
+    layers = [f"layers.{i}.{what}" for i in range(2) for what in ("state", "output")]
+    expected = ["weights", "embedding", *layers, "read-out", f"logits, {frames} frames"]
+    assert list(parts) == expected
+    assert all(part.equal for part in parts.values())
+
+
+def test_verify_names_the_place(tmp_path):
+    module = make_oracle()
+    right = save(module, tmp_path / "right.pth", "state dict")
+    with torch.no_grad():
+        module.transformer.layers[1][0].mlp.net[0].weight[3, 5] += 0.5
+    wrong = save(module, tmp_path / "wrong.pth", "state dict")
+    to_flax(wrong, tmp_path / "out", attention="linear", num_heads=4)
+    parts = parts_of(right, tmp_path / "out")
+    different = [name for name, part in parts.items() if not part.equal]
+    # The last layer's output enters no later state.
+    assert different == ["weights", "layers.1.output", "read-out", "logits, 36 frames"]
+    assert parts["weights"].where == "layers/1/mlp/dense_in/kernel"
+
+
+def test_verify_of_another_size(tmp_path):
+    to_flax(save(make_oracle(), tmp_path / "a.pth", "script"), tmp_path / "out")
+    other = save(make_oracle(mlp_dim=32), tmp_path / "b.pth", "script")
+    with pytest.raises(ValueError, match="mlp_dim is 32 and 24"):
+        parts_of(other, tmp_path / "out")
+
+
+# --------------------------------------------------------------------------- training goes on
+
+
+def torch_steps(module: TorchRViT, optim: torch.optim.Optimizer, batches) -> list[float]:
+    """The loss before each update, without dropout."""
+    module.eval()
+    curve = []
+    for video, label in batches:
+        logits, _ = module(for_torch(video), module.initial_state(len(label)))
+        loss = torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(label), label_smoothing=0.1
+        )
+        optim.zero_grad()
+        loss.backward()
+        optim.step()
+        curve.append(loss.item())
+    return curve
+
+
+def training_batches(count: int, seed: int):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        video = rng.uniform(-1, 1, (3, FRAMES, 16, 16, 3)).astype(np.float32)
+        yield video, rng.integers(0, 5, 3)
+
+
+def flax_steps(out_dir: Path, batches) -> list[float]:
+    """Goes on from a converted training checkpoint."""
+    loaded = rvit_jax.load(out_dir)
+    config = loaded.config
+    config.model.update(dropout_rate=0.0, block_dropout_rate=0.0)
+    model = rvit_jax.RViT(config.model, rngs=nnx.Rngs(0))
+    mapping.load_into(model, mapping.flatten(loaded.model.module))
+    rate = config.optimizer.learning_rate
+    chain = optimizer.make_optimizer(config.optimizer, lambda step: rate)
+    graphdef, state = steps.create_train_state(model, chain)
+    template = jax.tree.map(
+        ocp.utils.to_shape_dtype_struct, {"step": state.step, "state": state.opt_state}
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(out_dir.absolute() / "optimizer", template)
+    state = state.replace(step=restored["step"], opt_state=restored["state"])
+    train_step = jax.jit(
+        steps.make_train_step(graphdef, chain, losses.make_loss(config.loss), seed=0, ragged=False)
+    )
+    curve = []
+    for video, label in batches:
+        batch = {"video": video, "label": label, "mask": np.ones(len(label), bool)}
+        state, sums = train_step(state, batch)
+        curve.append(float(sums["loss"] / sums["clips"]))
+    return curve
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "embedding frozen"])
+def test_training_goes_on_where_pytorch_stopped(tmp_path, frozen, prefix):
+    module = make_oracle(**UNUSED)
+    if frozen:
+        module.embedding.requires_grad_(False)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optim = torch.optim.AdamW(trained, 2e-3, betas=(0.8, 0.99), weight_decay=0.05)
+    torch_steps(module, optim, training_batches(7, seed=0))
+    net = {prefix + name: tensor for name, tensor in module.state_dict().items()}
+    file = tmp_path / "rvit_3.pth"
+    torch.save({"net": net, "optimizer_state_dict": optim.state_dict()}, file)
+
+    converted = to_flax(file, tmp_path / "out")
+    recipe = converted.config.optimizer
+    assert recipe.learning_rate == 2e-3
+    assert (recipe.betas, recipe.weight_decay) == ((0.8, 0.99), 0.05)
+    assert converted.config.model.attention == "softmax"  # re-attention has no Adam state
+    description = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert (description["step"], description["epoch"]) == (7, 3)
+
+    theirs = torch_steps(module, optim, training_batches(10, seed=1))
+    ours = flax_steps(tmp_path / "out", training_batches(10, seed=1))
+    assert np.max(np.abs(np.subtract(ours, theirs)) / theirs) <= 1e-4
+
+
+def test_the_learning_rate_of_a_late_epoch(tmp_path):
+    """The reference multiplies by 0.8 at epochs 10, 20, ...; the recipe begins higher."""
+    module = make_oracle(attention="reattention")
+    optim = torch.optim.AdamW(module.parameters(), 1e-4 * 0.8**2)
+    torch_steps(module, optim, training_batches(1, seed=0))
+    saved = {"net": module.state_dict(), "optimizer_state_dict": optim.state_dict()}
+    torch.save(saved, tmp_path / "a.pth")
+    config = to_flax(tmp_path / "a.pth", tmp_path / "out", epoch=25).config
+    assert config.optimizer.learning_rate == pytest.approx(1e-4)
+    schedule = optimizer.learning_rate_schedule(config.optimizer, 100, 30)
+    assert float(schedule(2599)) == pytest.approx(1e-4 * 0.8**2)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "no AdamW|settings"),
+        (lambda p: torch.optim.AdamW(p, eps=1e-6), "eps is 1e-06"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.AdamW(list(p)[:5]), "are not the model's"),
+    ],
+    ids=["sgd", "eps", "amsgrad", "fewer"],
+)
+def test_another_optimizer_is_left_behind(tmp_path, make, says):
+    module = make_oracle()
+    optim = make(module.parameters())
+    torch_steps(module, optim, training_batches(1, seed=0))
+    saved = {"net": module.state_dict(), "optimizer_state_dict": optim.state_dict()}
+    torch.save(saved, tmp_path / "a.pth")
+    source = archive.read(tmp_path / "a.pth")
+    found = recognise(source, attention="linear", num_heads=4)
+    with pytest.raises(ValueError, match=says):
+        adamw.read_adamw(source.optimizer, found.weights)
+    said = []
+    convert.to_flax(
+        tmp_path / "a.pth", tmp_path / "out", attention="linear", num_heads=4, say=said.append
+    )
+    assert any("left behind" in line for line in said)
+    assert not (tmp_path / "out" / "optimizer").exists()
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def test_commands(tmp_path, capsys):
+    file = save(make_oracle(), tmp_path / "a.pth", "script")
+    assert main(["inspect", str(file)]) == 0
+    assert "attention: linear" in capsys.readouterr().out
+    assert main(["to_flax", str(file), str(tmp_path / "out")]) == 0
+    assert "NOT PROVEN" in capsys.readouterr().out
+    assert main(["verify", str(file), str(tmp_path / "out")]) == 0
+    assert "equal" in capsys.readouterr().out
+    assert main(["to_torch", str(tmp_path / "out"), str(tmp_path / "b.pth")]) == 0
+    capsys.readouterr()
+
+    def fails(*argv: str | Path) -> str:
+        assert main([str(a) for a in argv]) == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    assert "not empty" in fails("to_flax", file, tmp_path / "out")
+    assert "exists" in fails("to_torch", tmp_path / "out", tmp_path / "b.pth")
+    assert "no file" in fails("inspect", tmp_path / "none.pth")
+    assert "does not exist" in fails("to_torch", tmp_path / "none", tmp_path / "c.pth")
+    assert "does not exist" in fails("verify", file, tmp_path / "none")
+    with torch.no_grad():
+        module = make_oracle()
+        module._cls += 1.0
+    other = save(module, tmp_path / "c.pth", "script")
+    assert "differ, first in weights" in fails("verify", other, tmp_path / "out")
+    for wrong in (["inspect"], ["to_flax", str(file)], ["nothing"], []):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+        capsys.readouterr()
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
+    file = save(make_oracle(), tmp_path / "a.pth", "script")
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("rvit_jax.checkpoint.write_json", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        to_flax(file, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_module_runs_as_a_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "weights_converter", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: {tmp_path} is a folder; expected a file of PyTorch weights\n"

@@ -1,0 +1,365 @@
+"""PyTorch file -> converted model on disk, and back.
+
+    OUT_DIR/params/      the weights                               (Orbax)
+    OUT_DIR/optimizer/   AdamW's state, where the file had one     (Orbax)
+    OUT_DIR/model.json   config, class names, preprocessing, and `converted_from`
+
+`rvit_jax.load`, `--checkpoint=` and `to_torch` take the folder as it is.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from configs import base
+from weights_converter import adamw as adamw_state
+from weights_converter import archive, mapping
+from weights_converter.archive import FileRefused
+from weights_converter.recognise import Recognised, recognise
+
+if TYPE_CHECKING:
+    from weights_converter.prove import Proof
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What `to_flax` made.
+
+    Attributes:
+        path: of the converted model.
+        config: its config.
+        proof: None where nothing was run.
+        why_not_proven: None where it was proven.
+    """
+
+    path: Path
+    config: ConfigDict
+    proof: "Proof | None"
+    why_not_proven: str | None
+
+
+def to_flax(
+    file: str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    prove: bool = False,
+    attention: str | None = None,
+    num_heads: int | None = None,
+    epoch: int | None = None,
+    class_names: Sequence[str] | None = None,
+    timeout: float = 120.0,
+    say: Say = print,
+) -> Converted:
+    """Converts a PyTorch file to a model that rvit_jax loads.
+
+    Args:
+        file: see `archive.read`.
+        out_dir: made; must not exist, or be empty. Appears only when it is whole.
+        prove: run the file, which the user trusts, and keep the reading that computes the same.
+        attention: the kind, where the file does not tell.
+        num_heads: the number of heads, where the file does not tell.
+        epoch: that a training checkpoint was saved after, counted from 0, where neither it nor
+            its name `..._EPOCH.pth` tells.
+        class_names: in index order; by default Jester's 27 in the reference's order.
+        timeout: of each run of the file, in seconds.
+        say: takes each line of the report.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        ValueError: it is refused, does not tell enough, or proves to compute something else.
+        OSError: the folder exists, or cannot be written.
+    """
+    out_dir = Path(out_dir)
+    _check_out_dir(out_dir)
+    found = recognise(archive.read(file), attention=attention, num_heads=num_heads)
+    for line in describe(found):
+        say(line)
+    proof, why_not = None, "nothing was run: --prove runs a TorchScript file that you trust"
+    if prove:
+        proof, why_not = _prove(found, timeout, say)
+    kind, heads = _decide(found, proof)
+    names = _class_names(found, class_names)
+    config = _config(found, kind, heads, names)
+    optimizer = _read_optimizer(found, epoch, config, say)
+    _write(out_dir, found, config, names, proof, why_not, optimizer)
+    say(f"written to {out_dir}: {'proven' if proof else f'NOT PROVEN ({why_not})'}")
+    return Converted(out_dir, config, proof, why_not)
+
+
+def describe(found: Recognised) -> Iterator[str]:
+    """What was found in a file, line by line."""
+    source, sizes = found.source, found.sizes
+    count = sum(array.size for array in found.weights.values())
+    yield f"{source.path}: {source.kind}, {len(found.weights)} tensors, {count:,} parameters"
+    yield f"sha256 {source.sha256}"
+    yield (
+        f"{sizes['num_layers']} layers of width {sizes['hidden_size']} (MLP {sizes['mlp_dim']}), "
+        f"frames of {sizes['image_size']} x {sizes['image_size']} in patches of "
+        f"{sizes['patch_size']}, {sizes['num_classes']} classes, {sizes['head']} head on "
+        f"{sizes['readout']}"
+    )
+    yield f"heads: {found.num_heads}"
+    yield f"attention: {found.attention}"
+    if found.has_reattention and found.attention.value in ("linear", "softmax"):
+        yield "its re-attention parameters are carried along and take no part"
+    if source.optimizer is not None:
+        yield "it holds an optimizer's state"
+    yield from found.notes
+
+
+def _check_out_dir(out_dir: Path) -> None:
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise OSError(f"{out_dir} exists and is not empty: name another folder, or remove it")
+    parent = next(p for p in out_dir.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OSError(f"{out_dir} cannot be made: {parent} may not be written")
+
+
+def _prove(found: Recognised, timeout: float, say: Say) -> tuple["Proof | None", str | None]:
+    try:
+        from weights_converter import prove
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--prove runs the file in PyTorch, which is not installed ({error}): "
+            "pip install torch, or convert without --prove"
+        ) from error
+    say(f"running {found.source.path} beside every candidate")
+    try:
+        proof = prove.prove(found, timeout=timeout)
+    except prove.NotRun as error:
+        say(f"it could not be run here: {error}")
+        return None, f"it could not be run here: {error}"
+    say(prove.table(proof))
+    state = "" if proof.state is None else f", state {proof.state:.1e}"
+    say(
+        f"proven on clips [B, T] = {list(proof.clips)}: it is {proof.candidate}; "
+        f"the Flax model's logits differ by {proof.logits:.1e} of the largest{state}"
+    )
+    return proof, None
+
+
+def _decide(found: Recognised, proof: "Proof | None") -> tuple[str, int]:
+    """Attention and heads: the proof's, else the evidence's.
+
+    Raises:
+        ValueError: neither tells.
+    """
+    if proof is not None:
+        return proof.candidate.attention, proof.candidate.num_heads
+    missing = []
+    if found.attention.value is None:
+        kinds = "|".join(found.possible_attentions())
+        missing.append(f"its kind of attention: say --attention={kinds}")
+    if found.num_heads.value is None:
+        missing.append("its number of heads: say --num_heads=N (the released demo has 8)")
+    if missing:
+        prove = " Or, if you trust it, run it with --prove" if found.source.code else ""
+        raise ValueError(f"{found.source.path} does not tell {', nor '.join(missing)}.{prove}")
+    return str(found.attention.value), int(found.num_heads.value)
+
+
+def _class_names(found: Recognised, asked: Sequence[str] | None) -> tuple[str, ...]:
+    from input_pipeline.jester import CLASS_NAMES
+
+    count = int(found.sizes["num_classes"])
+    if asked is None:
+        return (
+            CLASS_NAMES if count == len(CLASS_NAMES) else tuple(f"class {i}" for i in range(count))
+        )
+    if len(asked) != count or len(set(asked)) != count:
+        raise ValueError(
+            f"{len(asked)} class names, {len(set(asked))} of them different; the model has {count} "
+            "classes"
+        )
+    return tuple(asked)
+
+
+def _config(found: Recognised, kind: str, heads: int, class_names: tuple[str, ...]) -> ConfigDict:
+    """The reference's recipe with this model."""
+    from input_pipeline.jester import CLASS_NAMES
+    from rvit_jax.config import check_model_config
+
+    config = base.get_config()
+    config.model = found.model_config(kind, heads)
+    check_model_config(config.model)
+    config.dataset.classes = () if class_names == CLASS_NAMES else class_names
+    return config
+
+
+# --------------------------------------------------------------------------- the optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """Where PyTorch's training stood."""
+
+    adamw: adamw_state.AdamW
+    epoch: int | None
+
+
+def _read_optimizer(
+    found: Recognised, epoch: int | None, config: ConfigDict, say: Say
+) -> _Training | None:
+    """Understands the optimizer's state and puts its settings in the config."""
+    if found.source.optimizer is None:
+        return None
+    try:
+        adamw = adamw_state.read_adamw(found.source.optimizer, found.weights)
+    except FileRefused as error:
+        say(f"its optimizer's state is left behind: {error}")
+        return None
+    if epoch is None:
+        epoch = found.source.epoch
+    if epoch is None and (named := re.search(r"_(\d{1,6})$", found.source.path.stem)):
+        epoch = int(named.group(1))
+    recipe = config.optimizer
+    recipe.betas, recipe.weight_decay = adamw.betas, adamw.weight_decay
+    recipe.learning_rate = adamw.learning_rate
+    if epoch is not None:  # the reference's staircase stands lower by now than it began
+        recipe.learning_rate /= recipe.step_factor ** (epoch // recipe.step_epochs)
+    if adamw.frozen:
+        recipe.frozen = ("patch_embedding/*",)
+    say(
+        f"its AdamW state comes along: {adamw.step} updates, learning rate "
+        f"{adamw.learning_rate:g}, "
+        + (f"epoch {epoch}" if epoch is not None else "of an unknown epoch (say --epoch=N)")
+        + (f", {len(adamw.frozen)} parameters frozen" if adamw.frozen else "")
+        + (f", {len(adamw.stateless)} never trained" if adamw.stateless else "")
+    )
+    return _Training(adamw, epoch)
+
+
+def optimizer_state(adamw: adamw_state.AdamW, config: ConfigDict, params: Any) -> Any:
+    """PyTorch's AdamW state as the state of `config.optimizer`'s optax chain."""
+    from rvit_jax import optimizer
+
+    chain = optimizer.make_optimizer(config.optimizer, lambda step: 0.0)
+    return adamw_state.to_optax(adamw, chain.init(params), config.model, schedule_step=adamw.step)
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _write(
+    out_dir: Path,
+    found: Recognised,
+    config: ConfigDict,
+    class_names: tuple[str, ...],
+    proof: "Proof | None",
+    why_not: str | None,
+    training: _Training | None,
+) -> None:
+    import jax.numpy as jnp
+    import orbax.checkpoint as ocp
+    from flax import nnx
+
+    from rvit_jax import RViT
+    from rvit_jax.checkpoint import describe_model, write_json
+
+    model = RViT(config.model, rngs=nnx.Rngs(0))
+    model.eval()
+    mapping.load_into(model, mapping.to_flax(found.weights, config.model))
+    description = describe_model(config, class_names)
+    description.update(step=0, metrics=None, converted_from=_provenance(found, proof, why_not))
+    with _written_aside(out_dir) as folder, ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "params", nnx.to_pure_dict(nnx.state(model)))
+        if training is not None:
+            params = nnx.state(model, nnx.Param)
+            state = optimizer_state(training.adamw, config, params)
+            step = jnp.asarray(training.adamw.step, jnp.int32)
+            checkpointer.save(folder / "optimizer", {"step": step, "state": state})
+            description.update(step=training.adamw.step, epoch=training.epoch)
+        checkpointer.wait_until_finished()
+        write_json(folder / "model.json", description)
+
+
+def _provenance(found: Recognised, proof: "Proof | None", why_not: str | None) -> dict[str, Any]:
+    """What `model.json` says of the file that it came from."""
+    parity: dict[str, Any] = {"proven": proof is not None}
+    if proof is None:
+        parity["reason"] = why_not
+    else:
+        parity.update(dataclasses.asdict(proof))
+    return {
+        "file": found.source.path.name,
+        "kind": found.source.kind,
+        "sha256": found.source.sha256,
+        "names": {ours: theirs for ours, theirs in found.names.items() if ours != theirs},
+        "evidence": {"num_heads": str(found.num_heads), "attention": str(found.attention)},
+        "notes": list(found.notes),
+        "parity": parity,
+    }
+
+
+@contextmanager
+def _written_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end, or goes."""
+    aside = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        os.replace(aside, out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def to_torch(checkpoint: str | os.PathLike, out_file: str | os.PathLike) -> Path:
+    """Writes a checkpoint's weights as a state dict under the reference's names.
+
+    Args:
+        checkpoint: see `rvit_jax.load`.
+        out_file: `.safetensors`, or else what `torch.save` writes, which needs PyTorch.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: it cannot be read, or PyTorch is missing.
+        OSError: the file exists, or cannot be written.
+    """
+    out_file = Path(out_file)
+    if out_file.exists():
+        raise OSError(f"{out_file} exists: name another file, or remove it")
+    write = _write_safetensors if out_file.suffix == ".safetensors" else _torch_writer()
+    import rvit_jax
+
+    loaded = rvit_jax.load(checkpoint)
+    weights = mapping.to_torch(mapping.flatten(loaded.model.module), loaded.config.model)
+    out_file.absolute().parent.mkdir(parents=True, exist_ok=True)
+    aside = out_file.absolute().with_name(f".{out_file.name}.{os.getpid()}.tmp")
+    try:
+        write(weights, aside)
+        os.replace(aside, out_file)
+    finally:
+        aside.unlink(missing_ok=True)
+    return out_file
+
+
+def _write_safetensors(weights: Mapping[str, np.ndarray], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(dict(weights), path)
+
+
+def _torch_writer() -> Callable[[Mapping[str, np.ndarray], Path], None]:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"a .pth file is written by PyTorch, which is not installed ({error}): pip install "
+            "torch, or name a .safetensors file"
+        ) from error
+
+    def write(weights: Mapping[str, np.ndarray], path: Path) -> None:
+        torch.save({name: torch.tensor(array) for name, array in weights.items()}, path)
+
+    return write
