@@ -269,6 +269,19 @@ def test_proof(tmp_path, monkeypatch, variant, how):
     assert proof.clips == ((1, 36) if how == "script" else (1, FRAMES))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_proof_in_half_precision(tmp_path, monkeypatch, dtype):
+    """The Flax model is float32; the file is as far from it as its own rounding is."""
+    in_process(monkeypatch)
+    module = make_oracle(attention="softmax", num_layers=1).to(dtype)
+    video = for_torch(seeded_clips(2, FRAMES, 16)).to(dtype)
+    file = tmp_path / "a.pth"
+    torch.jit.trace(module, (video, module.initial_state(2))).save(file)
+    proof = prove.prove(recognise(archive.read(file)))
+    assert proof.candidate == prove.Candidate("softmax", 4)
+    assert 1e-5 < proof.logits <= prove.ROUNDING_FACTOR * proof.rounding < 0.1
+
+
 def test_proof_finds_the_heads(tmp_path, monkeypatch):
     in_process(monkeypatch)
     module = make_oracle(attention="softmax", num_heads=2, num_layers=1)

@@ -307,15 +307,6 @@ class _Storage(NamedTuple):
     numel: int
 
 
-class _Tensor(NamedTuple):
-    """A view of a storage, in elements."""
-
-    storage: _Storage
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
 _MARK = object()
 # Functions that give back their first argument, as far as values go, and what it is.
 _PASSED_THROUGH = {
@@ -606,11 +597,12 @@ def _walk_modules(
     """State-dict names are the attribute paths."""
     tensors: dict[str, np.ndarray] = {}
     attributes: dict[str, Any] = {}
+    texts = class_texts(code)
     met = 0
 
     def walk(module: _Object, prefix: str, depth: int) -> None:
         nonlocal met
-        text = class_text(code, str(module.cls))
+        text = texts.get(str(module.cls), "")
         if not isinstance(module.state, dict) or "def __setstate__(" in text:
             raise FileRefused(
                 f"the class {module.cls} saves itself in a way of its own (__getstate__, "
@@ -638,17 +630,20 @@ def _walk_modules(
     return tensors, attributes
 
 
-def class_text(code: dict[str, str], qualified_name: str) -> str:
-    """The text of a class of the archive, "" where it is not to be found."""
-    module, _, name = qualified_name.rpartition(".")
-    text = code.get(f"code/{module.replace('.', '/')}.py", "")
-    found = re.search(rf"^class {re.escape(name)}\(.*?(?=^class |\Z)", text, re.M | re.S)
-    return found.group() if found else ""
+def class_texts(code: dict[str, str]) -> dict[str, str]:
+    """The text of each of the archive's classes, by its qualified name."""
+    texts = {}
+    for file, text in code.items():
+        module = file.removeprefix("code/").removesuffix(".py").replace("/", ".")
+        for part in re.split(r"^(?=class )", text, flags=re.M):
+            if found := re.match(r"class (\w+)\(", part):
+                texts[f"{module}.{found.group(1)}"] = part
+    return texts
 
 
 def declared_tensors(text: str) -> set[str]:
     """Names of the parameters and buffers that a class declares."""
-    lists = re.findall(r"^  __(?:parameters|buffers)__ = \[(.*?)\]", text, re.M | re.S)
+    lists = re.findall(r"^  __(?:parameters|buffers)__ = \[(.*)\]$", text, re.M)
     return set(re.findall(r'"([^"]*)"', " ".join(lists)))
 
 

@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -289,7 +290,7 @@ def _provenance(found: Recognised, proof: "Proof | None", why_not: str | None) -
     if proof is None:
         parity["reason"] = why_not
     else:
-        parity.update(dataclasses.asdict(proof))
+        parity.update(_as_json(dataclasses.asdict(proof)))
     return {
         "file": found.source.path.name,
         "kind": found.source.kind,
@@ -299,6 +300,15 @@ def _provenance(found: Recognised, proof: "Proof | None", why_not: str | None) -
         "notes": list(found.notes),
         "parity": parity,
     }
+
+
+def _as_json(value: Any) -> Any:
+    """Infinite errors, of candidates with other shapes, become null."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -107,11 +107,15 @@ class Proof:
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest difference over the largest absolute value of `theirs`; infinite if shapes differ."""
+    """Largest difference over the largest absolute value of `theirs`.
+
+    Infinite where shapes differ or a value is not finite.
+    """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-    if ours.shape != theirs.shape or not np.isfinite(theirs).all():
+    if ours.shape != theirs.shape:
         return float("inf")
-    return float(np.abs(ours - theirs).max() / (np.abs(theirs).max() or 1.0))
+    error = float(np.abs(ours - theirs).max() / (np.abs(theirs).max() or 1.0))
+    return error if np.isfinite(error) else float("inf")
 
 
 def run_in_child(file: Path, request: dict[str, Any], timeout: float) -> tuple[dict, dict]:
@@ -168,13 +172,15 @@ def prove(found: Recognised, *, timeout: float = 120.0) -> Proof:
         )
         if result["accepted"] is None:
             break
-        clips = tuple(result["accepted"])
+        clips, dtype = tuple(result["accepted"]), getattr(torch, result["dtype"])
         video = seeded_clips(*clips, found.sizes["image_size"])
-        tried = list(_try_candidates(found, video, arrays))
+        tried = list(_try_candidates(found, video, arrays, dtype))
         trials += tried
         best = min(tried, key=lambda trial: (trial.logits, trial.state or 0.0))
-        if best.logits <= SCREEN_BAR and (best.state or 0.0) <= SCREEN_BAR:
-            return _hold_against_flax(found, best, clips, video, arrays, tuple(trials))
+        rounding = _rounding(found, best.candidate, video, dtype)
+        bar = max(SCREEN_BAR, ROUNDING_FACTOR * rounding)
+        if best.logits <= bar and (best.state or 0.0) <= bar:
+            return _hold_against_flax(found, best, clips, video, arrays, rounding, tuple(trials))
         pending = pending[pending.index(list(clips)) + 1 :]
     if not trials:
         refused = result["refused"]
@@ -248,8 +254,16 @@ def run_oracle(oracle: TorchRViT, video: np.ndarray) -> tuple[np.ndarray, np.nda
     return logits.double().numpy(), state.double().numpy()
 
 
+def _rounding(
+    found: Recognised, candidate: Candidate, video: np.ndarray, dtype: torch.dtype
+) -> float:
+    """What computing in the file's precision does to the logits, against float64."""
+    exact, _ = run_oracle(make_oracle(found, candidate).double(), video)
+    return relative_error(run_oracle(make_oracle(found, candidate).to(dtype), video)[0], exact)
+
+
 def _try_candidates(
-    found: Recognised, video: np.ndarray, arrays: dict[str, np.ndarray]
+    found: Recognised, video: np.ndarray, arrays: dict[str, np.ndarray], dtype: torch.dtype
 ) -> Iterator[Trial]:
     """Every candidate; of several numbers of heads, up to the first one that matches."""
     for num_heads in found.possible_heads():
@@ -257,7 +271,7 @@ def _try_candidates(
         choices = itertools.product((True, False), (True, False), found.possible_attentions())
         for keeps, learned, attention in choices:
             candidate = Candidate(attention, num_heads, keeps, learned)
-            logits, state = run_oracle(make_oracle(found, candidate), video)
+            logits, state = run_oracle(make_oracle(found, candidate).to(dtype), video)
             trial = Trial(
                 candidate,
                 relative_error(logits, arrays["logits"]),
@@ -275,6 +289,7 @@ def _hold_against_flax(
     clips: tuple[int, int],
     video: np.ndarray,
     arrays: dict[str, np.ndarray],
+    rounding: float,
     trials: tuple[Trial, ...],
 ) -> Proof:
     candidate = best.candidate
@@ -284,8 +299,6 @@ def _hold_against_flax(
             "which the Flax model does not: its state is a + g, its token 0 learned"
         )
     logits, state = run_flax(found, candidate, video)
-    in_float64, _ = run_oracle(make_oracle(found, candidate).double(), video)
-    rounding = relative_error(run_oracle(make_oracle(found, candidate), video)[0], in_float64)
     proof = Proof(
         candidate,
         clips,

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from weights_converter import mapping
-from weights_converter.archive import FileRefused, Source
+from weights_converter.archive import FileRefused, Source, class_texts
 
 ATTENTIONS = ("linear", "softmax", "reattention")
 # Attributes that say the number of heads, and those that say the width of one.
@@ -320,13 +320,8 @@ def _combine(
 
 def _attention_classes(code: Mapping[str, str]) -> list[str]:
     """Texts of the classes that own `to_qkv`."""
-    classes = [
-        text
-        for file in code.values()
-        for text in re.split(r"^(?=class )", file, flags=re.M)
-        if text.startswith("class ")
-    ]
-    return [text for text in classes if re.search(r"^  to_qkv : ", text, re.M)]
+    texts = class_texts(dict(code)).values()
+    return [text for text in texts if re.search(r"^  to_qkv : ", text, re.M)]
 
 
 def _bodies(text: str) -> str:

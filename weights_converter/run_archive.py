@@ -39,9 +39,10 @@ def run_whole(module: Any, request: dict[str, Any], out: Path) -> dict[str, Any]
         out: folder for `logits.npy` and, where the file returns one, `state.npy`.
 
     Returns:
-        `accepted` ([B, T] or None) and `refused` ([[B, T, reason], ...]).
+        `accepted` ([B, T] or None), `refused` ([[B, T, reason], ...]), `dtype` of its weights.
     """
     dtype = next(module.parameters()).dtype
+    dtype_name = str(dtype).removeprefix("torch.")
     num_layers, patches, width = request["state"]
     refused = []
     for batch, frames in request["attempts"]:
@@ -61,8 +62,8 @@ def run_whole(module: Any, request: dict[str, Any], out: Path) -> dict[str, Any]
         np.save(out / "logits.npy", tensors[0].double().numpy())
         if len(tensors) > 1:
             np.save(out / "state.npy", tensors[1].double().numpy())
-        return {"accepted": [batch, frames], "refused": refused}
-    return {"accepted": None, "refused": refused}
+        return {"accepted": [batch, frames], "refused": refused, "dtype": dtype_name}
+    return {"accepted": None, "refused": refused, "dtype": dtype_name}
 
 
 def run_parts(
