@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 # Many tests build the same small programs. Set before jax is imported; subprocesses inherit it.
 _cache = tempfile.TemporaryDirectory(prefix="rvit_jax_tests_")
@@ -20,3 +21,14 @@ hypothesis.settings.load_profile("rvit_jax")
 from jaxtyping import install_import_hook  # noqa: E402
 
 install_import_hook("rvit_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """PyTorch on one thread: more of them wait busily where cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

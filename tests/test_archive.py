@@ -241,6 +241,23 @@ def in_a_dictionary(value: bytes) -> bytes:
     return b"\x80\x02}X\x03\x00\x00\x00net" + value + b"s."
 
 
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def whole(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def compressed(path: Path, kind: int) -> Path:
+    """An archive with a member that inflates to 50 MB and claims 100 bytes."""
+    with zipfile.ZipFile(zip_with(path), "a", kind) as file:
+        file.writestr(f"{path.stem}/more/a", bytes(50_000_000))
+        file.getinfo(f"{path.stem}/more/a").file_size = 100
+    return path
+
+
 def nested(depth: int) -> bytes:
     return b"]" * depth + b"a" * (depth - 1)
 
@@ -284,7 +301,8 @@ def refused_files(folder: Path) -> dict[str, Path]:
     put("directory offset", data[:directory] + b"\xff" * 46 + data[directory + 46 :])
     put("no directory", data[: data.find(b"PK\x01\x02")])
     put("claims 100 GB", claim_size(data, 100 << 30))
-    put("endless directory", data[:-10] + b"\xff\xff\xff\x7f" + data[-6:])
+    plain = zip_with(folder / "plain.pth").read_bytes()  # PyTorch's own say it in zip64 records
+    put("endless directory", plain[:-10] + b"\xff\xff\xff\x7f" + plain[-6:])
     put("text", b"these are no weights\n" * 30)
     put("html", b"<!DOCTYPE html><html><body>404</body></html>")
     put("empty", b"")
@@ -297,6 +315,21 @@ def refused_files(folder: Path) -> dict[str, Path]:
     put_pickle("laughs", in_a_dictionary(laughs()))
     put_pickle("itself", in_a_dictionary(b"]q\x00h\x00a"))
     put_pickle("flood", in_a_dictionary(b"(" + b"K\x01" * 2_000_000 + b"t"))
+    shape = b"(J\3\0\0\0t"
+    put_pickle("deep shape", tensor_pickle(0, (3,), (1,)).replace(shape, nested(99_999), 1))
+    put_pickle("deep reference", in_a_dictionary(nested(100_000) + b"Q"))
+    put_pickle("laughing reference", in_a_dictionary(b"(" + laughs() + b"tQ"))
+    put_pickle("laughing function", in_a_dictionary(text("s") + laughs() + b"\x85R"))
+    same_hash = b"".join(whole(i * (2**61 - 1)) + b"N" for i in range(1, 60_000))
+    put_pickle("keys of one hash", in_a_dictionary(b"}(" + same_hash + b"u"))
+    put_pickle("mark as a value", in_a_dictionary(b"}(q\x05K\x01h\x05s"))
+    put_pickle("long name", b"\x80\x02c" + b"A" * 3_000_000 + b"\nb\n.")
+    put_pickle("control characters", b"\x80\x02c\x1b[31m\nb\n.")
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        files[f"bomb of kind {kind}"] = compressed(folder / f"bomb_{kind}.pth", kind)
+    negated = torch.view_as_complex(torch.ones(3, 2)).conj().imag
+    torch.save({"weight": negated}, folder / "negated.pth")
+    files["lazily negated"] = folder / "negated.pth"
     put_pickle("no pickle", b"\xff\xfe\xfd")
     put_pickle("empty pickle", b"")
     put_pickle("memo", b"\x80\x02h\x07.")
@@ -339,9 +372,13 @@ def duplicate_member(path: Path) -> Path:
     return path
 
 
-def test_refused(tmp_path):
-    files = refused_files(tmp_path / "files")
-    for name, file in files.items():
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory) -> dict[str, Path]:
+    return refused_files(tmp_path_factory.mktemp("files"))
+
+
+def test_refused(refused):
+    for name, file in refused.items():
         with pytest.raises(ValueError, match=r".") as caught:  # noqa: PT012
             recognise(archive.read(file))
             pytest.fail(f"{name} was read")
@@ -349,7 +386,32 @@ def test_refused(tmp_path):
         message = str(caught.value)
         assert message.startswith(str(file)), name
         assert len(message) < 600, name
-    assert not (tmp_path / "files" / "executed").exists()
+        assert "\x1b" not in message, name
+    assert not (refused["folder"] / "executed").exists()
+
+
+def test_storage_keys_of_older_pytorch(tmp_path):
+    """Up to 1.8 torch.save named a storage by its address."""
+    data = tensor_pickle(0, (3,), (1,)).replace(text("0"), text("94183920123456"), 1)
+    file = zip_with(tmp_path / "a.pth", data_pkl=data)
+    with zipfile.ZipFile(file, "a") as older:
+        older.writestr("a/data/94183920123456", struct.pack("<3f", 1, 2, 3))
+    assert archive.read(file).tensors["weight"].tolist() == [1.0, 2.0, 3.0]
+
+
+def test_schedulers_and_devices_are_plain_values(tmp_path):
+    module = nn.Linear(2, 2)
+    optim = torch.optim.AdamW(module.parameters())
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optim, [3, 5])
+    saved = {
+        "net": module.state_dict(),
+        "optimizer_state_dict": optim.state_dict(),
+        "scheduler": schedule.state_dict(),
+        "device": torch.device("cuda:0"),
+        "size": torch.Size([2, 2]),
+    }
+    torch.save(saved, tmp_path / "a.pth")
+    assert_same(archive.read(tmp_path / "a.pth").tensors, module.state_dict())
 
 
 def test_missing_file(tmp_path):
@@ -369,18 +431,21 @@ def test_missing_file(tmp_path):
         ("pickled module", "save model.state_dict"),
         ("truncated 0", "empty"),
         ("text", "not a PyTorch zip"),
-        ("deep", "nested too deep"),
-        ("laughs", "too many values"),
-        ("itself", "nested too deep"),
+        ("deep", "nested more than 64 deep"),
+        ("laughs", "more than 100,000 values"),
+        ("itself", "nested more than 64 deep"),
+        ("keys of one hash", "a key of type int"),
+        ("bomb of kind 8", "Bad CRC|size it claims"),
+        ("lazily negated", "in a way that is not known"),
         ("flood", "opcodes"),
         ("stride 0 bomb", "reaches past its storage"),
         ("duplicate member", "there twice"),
         ("endless directory", "directory claims"),
     ],
 )
-def test_refusal_names_the_reason(tmp_path, name, says):
+def test_refusal_names_the_reason(refused, name, says):
     with pytest.raises(FileRefused, match=says):
-        archive.read(refused_files(tmp_path / "files")[name])
+        archive.read(refused[name])
 
 
 def test_nan_and_other_networks_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """PyTorch files to converted models and back: recognised, proven, exact."""
 
+import dataclasses
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +19,16 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import rvit_jax
+from configs.base import get_config
 from rvit_jax import losses, optimizer, steps
 from tests.small import small_config
 from weights_converter import adamw, archive, convert, mapping, prove, verify
 from weights_converter.__main__ import main
-from weights_converter.recognise import recognise
+from weights_converter.recognise import Finding, Recognised, recognise
 from weights_converter.run_archive import for_torch, seeded_clips
 from weights_converter.torch_rvit import TorchRViT
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 VARIANTS = [
     {"attention": attention, "readout": readout, "head": head, "unused_reattention": unused}
@@ -61,6 +66,12 @@ def save(module: torch.nn.Module, file: Path, how: str, num_frames: int = FRAMES
     else:
         torch.save(module.state_dict(), file)
     return file
+
+
+def without_evidence(found: Recognised) -> Recognised:
+    """What shapes tell, and no more."""
+    heads = found.num_heads if found.num_heads.certain else Finding(None)
+    return dataclasses.replace(found, attention=Finding(None), num_heads=heads)
 
 
 def quiet(_: str) -> None:
@@ -141,6 +152,20 @@ def test_constants_in_code(tmp_path, sizes, call, heads, attention):
     found = recognise(archive.Source(**{**vars(source), "code": code}))
     assert found.num_heads.value == heads
     assert found.attention.value == attention
+
+
+def test_contradicting_evidence_decides_nothing(tmp_path):
+    source = archive.read(save(make_oracle(), tmp_path / "a.pth", "state dict"))
+    block = "transformer.layers.0.0.attention."
+    said = {block + "num_heads": 2, block + "head_dim": 4, block + "scale": 16**-0.5}
+    found = recognise(archive.Source(**{**vars(source), "attributes": said}))
+    assert found.num_heads.value is None
+    assert "num_heads says 2" in str(found.num_heads)
+    assert "head_dim says 4" in str(found.num_heads)
+    # Some write D^-0.5 whatever the number of heads.
+    for name, value in (("scale", 16**-0.5), ("num_heads", float("inf")), ("scale", 1e200)):
+        odd = archive.Source(**{**vars(source), "attributes": {block + name: value}})
+        assert recognise(odd).num_heads.value is None
 
 
 class RenamedRoots(TorchRViT):
@@ -260,9 +285,7 @@ def test_proof(tmp_path, monkeypatch, variant, how):
     in_process(monkeypatch)
     module = make_oracle(**variant, num_layers=1)
     file = save(module, tmp_path / "a.pth", how)
-    # The evidence is no help: it says something else.
-    wrong = "linear" if variant["attention"] == "softmax" else "softmax"
-    proof = prove.prove(recognise(archive.read(file), attention=wrong))
+    proof = prove.prove(without_evidence(recognise(archive.read(file))))
     assert proof.candidate == prove.Candidate(variant["attention"], 4)
     assert proof.logits <= 1e-5
     assert proof.state <= 1e-5
@@ -282,13 +305,126 @@ def test_proof_in_half_precision(tmp_path, monkeypatch, dtype):
     assert 1e-5 < proof.logits <= prove.ROUNDING_FACTOR * proof.rounding < 0.1
 
 
-def test_proof_finds_the_heads(tmp_path, monkeypatch):
+def full_size_cases() -> list:
+    """Every variant at the released size, and the workdirs that RVIT_TRAINED names."""
+    folders = [f for f in os.environ.get("RVIT_TRAINED", "").split(os.pathsep) if f]
+    return [*VARIANTS, *folders]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.parametrize(
+    "case", full_size_cases(), ids=lambda c: c if isinstance(c, str) else variant_id(c)
+)
+def test_archives_at_full_size(tmp_path, case, how):
+    """36 frames: the right variant by evidence alone and by proof alone, and the same logits."""
+    if isinstance(case, str):
+        loaded = rvit_jax.load(case)
+        config = loaded.config.model
+        weights = mapping.to_torch(mapping.flatten(loaded.model.module), config)
+        module = TorchRViT(config).eval()
+        module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
+    else:
+        config = get_config().model
+        config.update(case)
+        torch.manual_seed(1)
+        module = TorchRViT(config).eval()
+    file = tmp_path / "a.pth"
+    if how == "script":
+        torch.jit.script(module).save(file)
+    else:
+        video = for_torch(seeded_clips(2, 36, config.image_size))
+        torch.jit.trace(module, (video, module.initial_state(2))).save(file)
+    found = recognise(archive.read(file))
+    assert found.model_config(found.attention.value, found.num_heads.value) == config
+    proof = prove.prove(without_evidence(found))
+    print(f"proof: {case} {how}: logits {proof.logits:.1e}, state {proof.state:.1e}")
+    assert proof.candidate == prove.Candidate(config.attention, config.num_heads)
+    assert proof.clips[1] == 36
+    assert proof.logits <= 1e-5
+    assert proof.state <= 1e-5
+
+
+def traced(module: torch.nn.Module, file: Path, *, num_clips: int = 2) -> Recognised:
+    video = for_torch(seeded_clips(num_clips, FRAMES, 16))
+    state = torch.zeros(module._seq.shape[0], num_clips, 4, 16)
+    torch.jit.trace(module, (video, state)).save(file)
+    return recognise(archive.read(file))
+
+
+def test_wrong_evidence_is_overcome(tmp_path, monkeypatch):
     in_process(monkeypatch)
-    module = make_oracle(attention="softmax", num_heads=2, num_layers=1)
-    found = recognise(archive.read(save(module, tmp_path / "a.pth", "trace")))
-    unknown = type(found.num_heads)(None)
-    proof = prove.prove(type(found)(**{**vars(found), "num_heads": unknown}))
-    assert proof.candidate == prove.Candidate("softmax", 2)
+    found = traced(make_oracle(attention="softmax", num_heads=2, num_layers=1), tmp_path / "a.pth")
+    wrong = dataclasses.replace(
+        found, num_heads=Finding(8, ("a name",)), attention=Finding("linear", ("a name",))
+    )
+    assert prove.prove(wrong).candidate == prove.Candidate("softmax", 2)
+
+
+class Changed(TorchRViT):
+    """An archive of other habits."""
+
+    def __init__(self, habit: str, **model):
+        torch.manual_seed(0)
+        super().__init__(small_config(num_layers=1, attention="softmax", **model).model)
+        self.habit = habit
+
+    def forward(self, video: Tensor, state: Tensor):
+        if self.habit == "baked batch":
+            video = video.reshape(3 * FRAMES, 3, 16, 16)
+        if self.habit == "reads four frames":
+            batch = state.shape[1]
+            video = video.unflatten(0, (batch, -1))[:, :4].flatten(0, 1)
+        logits, new_state = super().forward(video, state)
+        if self.habit == "logits alone":
+            return logits
+        if self.habit == "state without token":
+            return logits, new_state[:, :, 1:]
+        if self.habit == "features":
+            return logits, new_state[0, 0]
+        if self.habit == "NaN":
+            return logits / 0.0 - logits / 0.0, new_state
+        return logits, new_state
+
+
+def prove_changed(tmp_path: Path, monkeypatch, habit: str, num_clips: int = 2) -> prove.Proof:
+    in_process(monkeypatch)
+    return prove.prove(traced(Changed(habit).eval(), tmp_path / "a.pth", num_clips=num_clips))
+
+
+@pytest.mark.parametrize("habit", ["logits alone", "state without token", "features"])
+def test_proof_by_what_can_be_compared(tmp_path, monkeypatch, habit):
+    proof = prove_changed(tmp_path, monkeypatch, habit)
+    assert proof.candidate == prove.Candidate("softmax", 4)
+    assert proof.logits <= 1e-5
+    if habit == "state without token":
+        assert proof.state <= 1e-5
+    else:
+        assert proof.state is None
+    assert len(proof.notes) == (habit == "features")
+
+
+def test_proof_of_a_baked_in_batch(tmp_path, monkeypatch):
+    proof = prove_changed(tmp_path, monkeypatch, "baked batch", num_clips=3)
+    assert proof.clips == (3, FRAMES)
+    assert proof.logits <= 1e-5
+
+
+def test_proof_of_a_file_that_reads_fewer_frames(tmp_path, monkeypatch):
+    proof = prove_changed(tmp_path, monkeypatch, "reads four frames")
+    assert proof.clips == (1, 4)
+
+
+def test_answers_that_are_no_numbers_prove_nothing(tmp_path, monkeypatch):
+    with pytest.raises(prove.NotProven, match="NaN"):
+        prove_changed(tmp_path, monkeypatch, "NaN")
+
+
+def test_asked_for_and_proven_must_agree(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    file = save(make_oracle(num_layers=1), tmp_path / "a.pth", "trace")
+    with pytest.raises(ValueError, match=r"attention=softmax was asked for.*computes linear"):
+        to_flax(file, tmp_path / "out", prove=True, attention="softmax")
 
 
 def test_a_child_process_runs_the_file(tmp_path):
@@ -365,15 +501,15 @@ class LoopsForEver(TorchRViT):
 def test_a_run_without_end_is_stopped(tmp_path):
     file = tmp_path / "a.pth"
     torch.jit.script(LoopsForEver(small_config().model)).save(file)
-    converted = to_flax(file, tmp_path / "out", prove=True, timeout=4.0, attention="linear")
-    assert "did not end within 4 s" in converted.why_not_proven
+    converted = to_flax(file, tmp_path / "out", prove=True, timeout=12, attention="linear")
+    assert "did not end within 12 s" in converted.why_not_proven
 
 
 # --------------------------------------------------------------------------- verified
 
 
 def parts_of(file: Path, checkpoint: Path, **options) -> dict[str, verify.Part]:
-    return {part.name: part for part in verify.verify(file, checkpoint, **options)}
+    return {p.name: p for p in verify.verify(archive.read(file), checkpoint, **options)}
 
 
 @pytest.mark.parametrize("options", [{}, {"prove": True}], ids=["oracle", "own code"])
@@ -383,7 +519,7 @@ def test_verify(tmp_path, monkeypatch, options, how):
     file = save(make_oracle(**UNUSED), tmp_path / "a.pth", how)
     to_flax(file, tmp_path / "out")
     parts = parts_of(file, tmp_path / "out", **options)
-    frames = FRAMES if options and how == "trace" else 36
+    frames = FRAMES if how == "trace" else 36  # baked in
     layers = [f"layers.{i}.{what}" for i in range(2) for what in ("state", "output")]
     expected = ["weights", "embedding", *layers, "read-out", f"logits, {frames} frames"]
     assert list(parts) == expected
@@ -402,6 +538,47 @@ def test_verify_names_the_place(tmp_path):
     # The last layer's output enters no later state.
     assert different == ["weights", "layers.1.output", "read-out", "logits, 36 frames"]
     assert parts["weights"].where == "layers/1/mlp/dense_in/kernel"
+
+
+@pytest.mark.parametrize("how", ["state dict", "trace"])
+def test_verify_holds_the_checkpoint_against_the_file(tmp_path, monkeypatch, how):
+    in_process(monkeypatch)
+    module = make_oracle()
+    right = save(module, tmp_path / "right.pth", how)
+    with torch.no_grad():
+        module.classifier[1].weight.neg_()
+    to_flax(save(module, tmp_path / "wrong.pth", "script"), tmp_path / "out")
+    parts = parts_of(right, tmp_path / "out", prove=how == "trace")
+    different = [name for name, part in parts.items() if not part.equal]
+    assert different[0] == "weights"
+    assert [name.split(",")[0] for name in different[1:]] == ["read-out", "logits"]
+
+
+def test_verify_in_half_precision(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    module = make_oracle(attention="softmax").to(torch.bfloat16)
+    video = for_torch(seeded_clips(2, FRAMES, 16)).to(torch.bfloat16)
+    file = tmp_path / "a.pth"
+    torch.jit.trace(module, (video, module.initial_state(2))).save(file)
+    to_flax(file, tmp_path / "out")
+    assert all(part.equal for part in parts_of(file, tmp_path / "out", prove=True).values())
+
+
+def test_verify_says_what_it_could_not_compare(tmp_path, monkeypatch):
+    in_process(monkeypatch)
+    file = tmp_path / "a.pth"
+    traced(Changed("baked batch").eval(), file, num_clips=3)
+    to_flax(file, tmp_path / "out")
+    monkeypatch.setattr("weights_converter.run_archive.run_parts", lambda *_: 1 / 0)
+    parts = parts_of(file, tmp_path / "out", prove=True)
+    assert list(parts) == ["weights", "parts", f"logits, {FRAMES} frames"]
+    assert "cannot be called" in parts["parts"].where
+    with pytest.raises(ValueError, match="no code to run"):
+        parts_of(
+            save(make_oracle(attention="softmax", num_layers=1), tmp_path / "b.pth", ""),
+            tmp_path / "out",
+            prove=True,
+        )
 
 
 def test_verify_of_another_size(tmp_path):
@@ -504,14 +681,34 @@ def test_the_learning_rate_of_a_late_epoch(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "epoch", "expected"),
+    [("a_3", None, 3), ("a_3", 5, 5), ("a_2022", None, None), ("a_99999", None, None)],
+)
+def test_epoch(tmp_path, name, epoch, expected):
+    """A larger number than the reference's 1,000 epochs is a date or a step."""
+    module = make_oracle(attention="reattention", num_layers=1)
+    optim = torch.optim.AdamW(module.parameters(), 1e-3)
+    torch_steps(module, optim, training_batches(1, seed=0))
+    saved = {"net": module.state_dict(), "optimizer_state_dict": optim.state_dict()}
+    torch.save(saved, tmp_path / f"{name}.pth")
+    recipe = to_flax(tmp_path / f"{name}.pth", tmp_path / "out", epoch=epoch).config.optimizer
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["epoch"] == expected
+    assert recipe.learning_rate == 1e-3
+    assert recipe.schedule == ("step" if expected is not None else "constant")
+
+
+@pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "no AdamW|settings"),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "no AdamW"),
         (lambda p: torch.optim.AdamW(p, eps=1e-6), "eps is 1e-06"),
-        (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
+        (lambda p: torch.optim.AdamW(p, amsgrad=True), "max_exp_avg_sq"),
         (lambda p: torch.optim.AdamW(list(p)[:5]), "are not the model's"),
+        (lambda p: torch.optim.NAdam(p), "no AdamW"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "coupled"),
+        (lambda p: torch.optim.AdamW([{"params": [q]} for q in p]), "in one group"),
     ],
-    ids=["sgd", "eps", "amsgrad", "fewer"],
+    ids=["sgd", "eps", "amsgrad", "fewer", "nadam", "adam", "groups"],
 )
 def test_another_optimizer_is_left_behind(tmp_path, make, says):
     module = make_oracle()
@@ -543,6 +740,7 @@ def test_commands(tmp_path, capsys):
     assert main(["verify", str(file), str(tmp_path / "out")]) == 0
     assert "equal" in capsys.readouterr().out
     assert main(["to_torch", str(tmp_path / "out"), str(tmp_path / "b.pth")]) == 0
+    file.with_name("n.txt").write_text("one\ntwo\n")
     capsys.readouterr()
 
     def fails(*argv: str | Path) -> str:
@@ -561,23 +759,36 @@ def test_commands(tmp_path, capsys):
         module = make_oracle()
         module._cls += 1.0
     other = save(module, tmp_path / "c.pth", "script")
-    assert "differ, first in weights" in fails("verify", other, tmp_path / "out")
-    for wrong in (["inspect"], ["to_flax", str(file)], ["nothing"], []):
+    said = fails("verify", other, tmp_path / "out")
+    assert "differ, first in weights, most in class_token" in said
+    names = ["--class_names", file.with_name("n.txt")]
+    assert "--class_names: 2 names" in fails("to_flax", file, tmp_path / "d", *names)
+    assert main(["inspect", str(tmp_path / "none.pth"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+    for wrong in (
+        ["to_flax", str(file), "x", "--num_heads=0"],
+        ["to_flax", str(file)],
+        ["inspect"],
+        ["nothing"],
+        [],
+    ):
         with pytest.raises(SystemExit) as caught:
             main(wrong)
         assert caught.value.code == 2
         capsys.readouterr()
 
 
-def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "status"), [(OSError("no space left on device"), 1), (KeyboardInterrupt(), 130)]
+)
+def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch, error, status):
     file = save(make_oracle(), tmp_path / "a.pth", "script")
 
-    def full_disk(*_):
-        raise OSError("no space left on device")
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr("rvit_jax.checkpoint.write_json", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        to_flax(file, tmp_path / "out")
+    monkeypatch.setattr("rvit_jax.checkpoint.write_json", fail)
+    assert main(["to_flax", str(file), str(tmp_path / "out")]) == status
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 

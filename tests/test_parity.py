@@ -25,6 +25,8 @@ from rvit_jax import losses, optimizer, steps
 from weights_converter import mapping
 from weights_converter.torch_rvit import TorchRViT
 
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
 ATTENTIONS = ("linear", "softmax", "reattention")
 READOUTS = ("class_token", "class_and_hidden_tokens")
 HEADS = ("linear", "mlp")
@@ -37,14 +39,6 @@ FLOAT64_BAR = 1e-9  # where float32 is not a measure: the function itself is the
 SHARPENED_FACTOR = 3.0  # our error against float64, in units of PyTorch's own
 
 DEMO_FRAMES = 36
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more threads wait busily where cores are shared
-    yield
-    torch.set_num_threads(threads)
 
 
 def demo_model(attention: str, readout: str, head: str, **overrides) -> ConfigDict:

@@ -44,7 +44,6 @@ def test_pytorch_stays_in_its_room(file):
         "run_archive.py",
         "prove.py",
         "convert.py",  # one function, to write a .pth
-        "__main__.py",  # to say so where it is missing
     )
     assert needs_it or "torch" not in imported(file)
 

@@ -5,8 +5,10 @@ Ctrl-C. Nothing of JAX or PyTorch is imported before the file was read and found
 """
 
 import argparse
+import functools
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 TRUST = (
@@ -20,11 +22,13 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m weights_converter",
         description="Converts RViT weights between PyTorch and Flax, and proves them equal.",
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
 
     inspect = commands.add_parser(
         "inspect",
+        parents=[common],
         help="say what a PyTorch file holds, without running it",
         description="Says what a PyTorch file holds. Nothing in it is run.",
     )
@@ -32,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
     to_flax = commands.add_parser(
         "to_flax",
+        parents=[common],
         help="convert a PyTorch file to a model of rvit_jax",
         description=(
             "Converts a TorchScript archive, state dict, training checkpoint or .safetensors "
@@ -47,10 +52,14 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="kind of attention; auto: as the file tells",
     )
-    to_flax.add_argument("--num_heads", type=int, help="number of heads, if the file does not tell")
+    to_flax.add_argument(
+        "--num_heads",
+        type=_whole(1),
+        help="number of heads, if the file does not tell or tells wrong",
+    )
     to_flax.add_argument(
         "--epoch",
-        type=int,
+        type=_whole(0),
         help="epoch (from 0) that a training checkpoint was saved after, if its name does not end "
         "in _EPOCH.pth",
     )
@@ -65,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
     to_torch = commands.add_parser(
         "to_torch",
+        parents=[common],
         help="write a checkpoint's weights for PyTorch",
         description="Writes a state dict that the reference's module loads with strict=True.",
     )
@@ -73,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser(
         "verify",
+        parents=[common],
         help="compare a PyTorch file with a checkpoint, part by part",
         description=(
             "Compares weights, embedding, each layer's state and output, read-out and logits. By "
@@ -88,8 +99,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_timeout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--timeout", type=float, default=120.0, help="seconds for each run of FILE with --prove"
+        "--timeout",
+        type=_whole(1),
+        default=120,
+        metavar="SECONDS",
+        help="limit of each run of FILE with --prove",
     )
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or len(text) > 9 or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from {least}")
+        return int(text)
+
+    return parse
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -107,7 +131,7 @@ def _to_flax(args: argparse.Namespace) -> int:
 
     class_names = None
     if args.class_names is not None:
-        lines = args.class_names.read_text(encoding="utf-8").splitlines()
+        lines = args.class_names.read_text(encoding="utf-8-sig").splitlines()
         class_names = [line.strip() for line in lines if line.strip()]
     convert.to_flax(
         args.file,
@@ -118,6 +142,7 @@ def _to_flax(args: argparse.Namespace) -> int:
         epoch=args.epoch,
         class_names=class_names,
         timeout=args.timeout,
+        say=functools.partial(print, flush=True),
     )
     return 0
 
@@ -130,23 +155,26 @@ def _to_torch(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from weights_converter import archive, recognise
+    from weights_converter import archive
 
-    recognise.recognise(archive.read(args.file))  # a bad file is refused at once
+    source = archive.read(args.file)
     try:
         from weights_converter import verify
-        from weights_converter.torch_rvit import TorchRViT  # noqa: F401 - is PyTorch there?
     except ModuleNotFoundError as error:
         raise ValueError(f"verify needs PyTorch, which is not installed: {error}") from error
 
     different = []
     print(f"{'':10}{'error':>9} {'bar':>9}  part")
-    for part in verify.verify(args.file, args.checkpoint, prove=args.prove, timeout=args.timeout):
-        verdict = "equal" if part.equal else "DIFFERENT"
-        where = f" ({part.where})" if part.where and not part.equal else ""
-        print(f"{verdict:10}{part.error:9.1e} {part.bar:9.1e}  {part.name}{where}", flush=True)
-        if not part.equal:
-            different.append(part.name)
+    for part in verify.verify(source, args.checkpoint, prove=args.prove, timeout=args.timeout):
+        if part.error is None:
+            print(f"{'UNKNOWN':10}{'-':>9} {part.bar:9.1e}  {part.name}: {part.where}", flush=True)
+        else:
+            verdict = "equal" if part.equal else "DIFFERENT"
+            where = f", most in {part.where}" if part.where and not part.equal else ""
+            line = f"{verdict:10}{part.error:9.1e} {part.bar:9.1e}  {part.name}{where}"
+            print(line, flush=True)
+            if not part.equal:
+                different.append(f"{part.name}{where}")
     if different:
         print(
             f"error: {args.file} and {args.checkpoint} differ, first in {different[0]}",
@@ -163,14 +191,22 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return _COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+    except Exception as error:  # of JAX, Orbax and PyTorch, any kind
+        if args.debug:
+            traceback.print_exc()
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        print(f"error: {_one_line(kind + str(error))}", file=sys.stderr)
+        return 1
+
+
+def _one_line(message: str, most: int = 1500) -> str:
+    """What a file's names do to a terminal is kept from it."""
+    line = " ".join(message.split())
+    line = line if len(line) <= most else f"{line[:most]} ..."
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,12 @@ def entries_by_name(
 def trained_names(optimizer: Mapping[str, Any], names: list[str]) -> list[str] | None:
     """The parameters that the optimizer was given, in its order; None where none fit."""
     groups = optimizer.get("param_groups")
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+    # Several groups are numbered through in their own order, which the file does not tell.
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
         return None
-    numbers = [number for group in groups for number in group.get("params", ())]
+    numbers = groups[0].get("params")
+    if not isinstance(numbers, list) or any(type(number) is not int for number in numbers):
+        return None
     if numbers != list(range(len(numbers))):
         return None
     for given in (names, [name for name in names if name not in FREEZABLE]):
@@ -98,45 +101,67 @@ def read_adamw(optimizer: Mapping[str, Any], weights: Mapping[str, np.ndarray]) 
     if given is None or entries is None:
         raise FileRefused(
             f"the optimizer's parameters are not the model's {len(names)}, nor those without the "
-            "embedding"
+            "embedding, in one group"
         )
     mean = {name: np.zeros_like(array) for name, array in weights.items()}
     square = {name: np.zeros_like(array) for name, array in weights.items()}
     steps = set()
     for name, entry in entries.items():
-        if not {"step", "exp_avg", "exp_avg_sq"} <= set(entry):
+        if set(entry) != {"step", "exp_avg", "exp_avg_sq"}:
             raise FileRefused(
-                f"the optimizer is no AdamW: its entry for {name} holds {', '.join(entry)}"
+                f"the optimizer is no AdamW: its entry for {name} holds "
+                f"{', '.join(map(str, entry))}"
             )
         mean[name] = _moment(entry["exp_avg"], weights[name], f"exp_avg of {name}")
         square[name] = _moment(entry["exp_avg_sq"], weights[name], f"exp_avg_sq of {name}")
         if (square[name] < 0).any():
             raise FileRefused(f"exp_avg_sq of {name} is negative somewhere")
-        steps.add(float(np.asarray(entry["step"]).reshape(())))
-    if len(steps) > 1 or any(step != int(step) or step < 0 for step in steps):
+        steps.add(_step(entry["step"], name))
+    if len(steps) > 1:
         raise FileRefused(f"the optimizer's parameters are at different steps: {sorted(steps)}")
     return AdamW(
         mean,
         square,
-        int(steps.pop()) if steps else 0,
+        steps.pop() if steps else 0,
         frozen=tuple(name for name in names if name not in given),
         stateless=tuple(name for name in given if name not in entries),
-        **_settings(optimizer["param_groups"]),
+        **_settings(optimizer["param_groups"][0]),
     )
 
 
-def _settings(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    keys = ("lr", "betas", "eps", "weight_decay")
-    settings = [
-        tuple(np.ravel(group.get(key, np.nan)).tolist() for key in keys) for group in groups
-    ]
-    if any(other != settings[0] for other in settings):
-        raise FileRefused("the optimizer's parameter groups have different settings")
-    group = groups[0]
-    odd = [key for key in ("amsgrad", "maximize") if group.get(key)]
-    if odd or group.get("decoupled_weight_decay") is False:
-        raise FileRefused(f"the optimizer uses {odd[0] if odd else 'a coupled weight decay'}")
-    (rate,), betas, (epsilon,), (decay,) = settings[0]
+def _step(value: Any, name: str) -> int:
+    """Updates made: a whole number, or a tensor that holds one."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(()).item()
+    if _is_real(value) and 0 <= value < 2**31 and value == int(value):
+        return int(value)
+    raise FileRefused(f"the optimizer's step of {name} is no count of updates")
+
+
+def _is_real(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**62  # so that NaN is none
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    if type(group.get("amsgrad")) is not bool:
+        raise FileRefused("the optimizer is no AdamW: it has no setting `amsgrad`")
+    rate, decay, epsilon = (group.get(key) for key in ("lr", "weight_decay", "eps"))
+    betas = group.get("betas")
+    if isinstance(rate, np.ndarray) and rate.size == 1:
+        rate = rate.reshape(()).item()
+    if not (_is_real(rate) and rate >= 0 and _is_real(decay) and decay >= 0 and _is_real(epsilon)):
+        raise FileRefused("the optimizer's lr, weight_decay or eps is no number of that kind")
+    if (
+        type(betas) not in (tuple, list)
+        or len(betas) != 2
+        or not all(_is_real(beta) and 0 <= beta < 1 for beta in betas)
+    ):
+        raise FileRefused("the optimizer's betas are no pair of numbers in [0, 1)")
+    odd = [key for key in ("amsgrad", "maximize") if group.get(key) is True]
+    if odd:
+        raise FileRefused(f"the optimizer uses {odd[0]}, which ours does not")
+    if decay and group.get("decoupled_weight_decay") is False:
+        raise FileRefused("the optimizer is Adam with a coupled weight decay, not AdamW")
     if epsilon != EPSILON:
         raise FileRefused(f"the optimizer's eps is {epsilon}; ours is {EPSILON}")
     return {"learning_rate": rate, "betas": tuple(betas), "weight_decay": decay}
@@ -151,16 +176,13 @@ def _moment(value: Any, like: np.ndarray, what: str) -> np.ndarray:
     return value.astype(np.float32)
 
 
-def to_optax(
-    adamw: AdamW, opt_state: optax.OptState, config_model: ConfigDict, *, schedule_step: int
-) -> optax.OptState:
+def to_optax(adamw: AdamW, opt_state: optax.OptState, config_model: ConfigDict) -> optax.OptState:
     """Puts PyTorch's moments and counts in an optax state.
 
     Args:
         adamw: PyTorch's.
         opt_state: of `optimizer.make_optimizer`'s chain, as its `init` gives it.
         config_model: `config.model`.
-        schedule_step: the step from which the learning-rate schedule goes on.
     """
     import jax
     import jax.numpy as jnp
@@ -194,7 +216,7 @@ def to_optax(
                 nu=fill("nu", node.nu),
             )
         if isinstance(node, optax.ScaleByScheduleState):
-            return node._replace(count=jnp.asarray(schedule_step, node.count.dtype))
+            return node._replace(count=jnp.asarray(adamw.step, node.count.dtype))
         return node
 
     kinds = (optax.ScaleByAdamState, optax.ScaleByScheduleState)

@@ -24,12 +24,13 @@ from configs import base
 from weights_converter import adamw as adamw_state
 from weights_converter import archive, mapping
 from weights_converter.archive import FileRefused
-from weights_converter.recognise import Recognised, recognise
+from weights_converter.recognise import Recognised, baked_frames, recognise
 
 if TYPE_CHECKING:
     from weights_converter.prove import Proof
 
 Say = Callable[[str], None]
+MAX_EPOCH = 1000  # of the reference's training; a larger number in a name is none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,16 +81,20 @@ def to_flax(
         ValueError: it is refused, does not tell enough, or proves to compute something else.
         OSError: the folder exists, or cannot be written.
     """
-    out_dir = Path(out_dir)
-    _check_out_dir(out_dir)
+    out_dir = _check_out_dir(Path(out_dir))
     found = recognise(archive.read(file), attention=attention, num_heads=num_heads)
+    names = _class_names(found, class_names)
     for line in describe(found):
         say(line)
+    if class_names is None:
+        say(
+            f"classes: {names[0]!r}, {names[1]!r} ... {names[-1]!r} in this order; for other names "
+            "see --class_names"
+        )
     proof, why_not = None, "nothing was run: --prove runs a TorchScript file that you trust"
     if prove:
         proof, why_not = _prove(found, timeout, say)
-    kind, heads = _decide(found, proof)
-    names = _class_names(found, class_names)
+    kind, heads = _decide(found, proof, tried=prove)
     config = _config(found, kind, heads, names)
     optimizer = _read_optimizer(found, epoch, config, say)
     _write(out_dir, found, config, names, proof, why_not, optimizer)
@@ -118,12 +123,17 @@ def describe(found: Recognised) -> Iterator[str]:
     yield from found.notes
 
 
-def _check_out_dir(out_dir: Path) -> None:
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+def _check_out_dir(out_dir: Path) -> Path:
+    """The folder by its real path. Before anything else is done: the work shall not be lost."""
+    real = out_dir.resolve()
+    if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise OSError(f"{out_dir} exists and is not empty: name another folder, or remove it")
-    parent = next(p for p in out_dir.absolute().parents if p.exists())
+    if real == Path.cwd():
+        raise OSError(f"{out_dir} is the current folder: name a new one")
+    parent = next(p for p in real.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OSError(f"{out_dir} cannot be made: {parent} may not be written")
+    return real
 
 
 def _prove(found: Recognised, timeout: float, say: Say) -> tuple["Proof | None", str | None]:
@@ -141,15 +151,27 @@ def _prove(found: Recognised, timeout: float, say: Say) -> tuple["Proof | None",
         say(f"it could not be run here: {error}")
         return None, f"it could not be run here: {error}"
     say(prove.table(proof))
-    state = "" if proof.state is None else f", state {proof.state:.1e}"
+    for note in proof.notes:
+        say(note)
+    state = "" if proof.state is None else f", the state by {proof.state:.1e}"
     say(
-        f"proven on clips [B, T] = {list(proof.clips)}: it is {proof.candidate}; "
-        f"the Flax model's logits differ by {proof.logits:.1e} of the largest{state}"
+        f"proven on clips [B, T] = {list(proof.clips)}: it is {proof.candidate}; the Flax model's "
+        f"logits differ by {proof.logits:.1e} of the largest{state}"
     )
+    if proof.dtype != "float32":
+        say(f"the file computes in {proof.dtype}, whose rounding alone does {proof.rounding:.1e}")
+    for what, finding, value in (
+        ("attention", found.attention, proof.candidate.attention),
+        ("num_heads", found.num_heads, proof.candidate.num_heads),
+    ):
+        if finding.certain and finding.value != value:
+            raise ValueError(
+                f"--{what}={finding.value} was asked for, but {found.source.path} computes {value}"
+            )
     return proof, None
 
 
-def _decide(found: Recognised, proof: "Proof | None") -> tuple[str, int]:
+def _decide(found: Recognised, proof: "Proof | None", *, tried: bool) -> tuple[str, int]:
     """Attention and heads: the proof's, else the evidence's.
 
     Raises:
@@ -162,10 +184,17 @@ def _decide(found: Recognised, proof: "Proof | None") -> tuple[str, int]:
         kinds = "|".join(found.possible_attentions())
         missing.append(f"its kind of attention: say --attention={kinds}")
     if found.num_heads.value is None:
-        missing.append("its number of heads: say --num_heads=N (the released demo has 8)")
+        why = "; ".join(found.num_heads.reasons)
+        missing.append(
+            f"its number of heads{f' ({why})' if why else ''}: say --num_heads=N (the released "
+            "demo has 8)"
+        )
     if missing:
-        prove = " Or, if you trust it, run it with --prove" if found.source.code else ""
-        raise ValueError(f"{found.source.path} does not tell {', nor '.join(missing)}.{prove}")
+        run = found.source.code and not tried
+        raise ValueError(
+            f"{found.source.path} does not tell {', nor '.join(missing)}."
+            + (" Or, if you trust it, run it with --prove" if run else "")
+        )
     return str(found.attention.value), int(found.num_heads.value)
 
 
@@ -179,13 +208,18 @@ def _class_names(found: Recognised, asked: Sequence[str] | None) -> tuple[str, .
         )
     if len(asked) != count or len(set(asked)) != count:
         raise ValueError(
-            f"{len(asked)} class names, {len(set(asked))} of them different; the model has {count} "
-            "classes"
+            f"--class_names: {len(asked)} names, {len(set(asked))} of them different; "
+            f"{found.source.path} has {count} classes"
         )
     return tuple(asked)
 
 
-def _config(found: Recognised, kind: str, heads: int, class_names: tuple[str, ...]) -> ConfigDict:
+def _config(
+    found: Recognised,
+    kind: str,
+    heads: int,
+    class_names: tuple[str, ...],
+) -> ConfigDict:
     """The reference's recipe with this model."""
     from input_pipeline.jester import CLASS_NAMES
     from rvit_jax.config import check_model_config
@@ -194,6 +228,7 @@ def _config(found: Recognised, kind: str, heads: int, class_names: tuple[str, ..
     config.model = found.model_config(kind, heads)
     check_model_config(config.model)
     config.dataset.classes = () if class_names == CLASS_NAMES else class_names
+    config.dataset.num_frames = baked_frames(found.source.code) or config.dataset.num_frames
     return config
 
 
@@ -219,25 +254,42 @@ def _read_optimizer(
     except FileRefused as error:
         say(f"its optimizer's state is left behind: {error}")
         return None
-    if epoch is None:
-        epoch = found.source.epoch
-    if epoch is None and (named := re.search(r"_(\d{1,6})$", found.source.path.stem)):
-        epoch = int(named.group(1))
+    epoch = _epoch(found, epoch)
     recipe = config.optimizer
     recipe.betas, recipe.weight_decay = adamw.betas, adamw.weight_decay
     recipe.learning_rate = adamw.learning_rate
-    if epoch is not None:  # the reference's staircase stands lower by now than it began
+    if epoch is None:
+        # The rate may stand lower than it began; where it began nobody knows.
+        recipe.schedule = "constant"
+    else:  # the reference's staircase stands lower by now than it began
         recipe.learning_rate /= recipe.step_factor ** (epoch // recipe.step_epochs)
     if adamw.frozen:
         recipe.frozen = ("patch_embedding/*",)
     say(
         f"its AdamW state comes along: {adamw.step} updates, learning rate "
         f"{adamw.learning_rate:g}, "
-        + (f"epoch {epoch}" if epoch is not None else "of an unknown epoch (say --epoch=N)")
+        + (
+            f"epoch {epoch}, so that the recipe begins with {recipe.learning_rate:g}"
+            if epoch is not None
+            else "kept constant, for the epoch is unknown (say --epoch=N)"
+        )
         + (f", {len(adamw.frozen)} parameters frozen" if adamw.frozen else "")
         + (f", {len(adamw.stateless)} never trained" if adamw.stateless else "")
     )
     return _Training(adamw, epoch)
+
+
+def _epoch(found: Recognised, asked: int | None) -> int | None:
+    """The epoch that a checkpoint was saved after: asked for, in it, or in its name.
+
+    Raises:
+        ValueError: the epoch asked for cannot be.
+    """
+    named = re.search(r"_(\d{1,4})$", found.source.path.stem)
+    epochs = (asked, found.source.epoch, int(named.group(1)) if named else None)
+    if asked is not None and not 0 <= asked <= MAX_EPOCH:
+        raise ValueError(f"--epoch={asked}: expected 0 to {MAX_EPOCH}")
+    return next((e for e in epochs if e is not None and 0 <= e <= MAX_EPOCH), None)
 
 
 def optimizer_state(adamw: adamw_state.AdamW, config: ConfigDict, params: Any) -> Any:
@@ -245,7 +297,7 @@ def optimizer_state(adamw: adamw_state.AdamW, config: ConfigDict, params: Any) -
     from rvit_jax import optimizer
 
     chain = optimizer.make_optimizer(config.optimizer, lambda step: 0.0)
-    return adamw_state.to_optax(adamw, chain.init(params), config.model, schedule_step=adamw.step)
+    return adamw_state.to_optax(adamw, chain.init(params), config.model)
 
 
 # --------------------------------------------------------------------------- files
@@ -314,8 +366,9 @@ def _as_json(value: Any) -> Any:
 @contextmanager
 def _written_aside(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its name at the end, or goes."""
-    aside = out.absolute().with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    aside.mkdir()
     try:
         yield aside
         os.replace(aside, out)

@@ -7,7 +7,6 @@ the file's weights; whichever computes the file's answers is then held against t
 import dataclasses
 import itertools
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,23 +18,24 @@ import numpy as np
 import torch
 from flax import nnx
 from torch import Tensor
+from tqdm import tqdm
 
 import rvit_jax
 from configs import base
 from weights_converter import mapping
-from weights_converter.recognise import Recognised
+from weights_converter.recognise import Recognised, baked_frames
 from weights_converter.run_archive import for_torch, seeded_clips
 from weights_converter.torch_rvit import TorchRViT
 
-# Relative to the largest absolute logit.
+# Relative to the largest absolute value.
 SCREEN_BAR = 1e-3  # a candidate that comes no nearer is another function
 PROOF_BAR = 1e-5  # the Flax model against the file
-# What rounding alone does may be more (sharp attention); then this many times as much.
+# What rounding alone does may be more (sharp attention, half precision); then so many times it.
 ROUNDING_FACTOR = 3.0
 
 # What a traced file may have baked in, where its code does not tell.
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
-MOST_TRIES = 3  # batches that the file accepts and no candidate explains
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 3, 5, 6, 10, 12, 20, 24, 48)
+COMPARED_CLIPS = 2  # of an accepted batch
 
 
 class NotRun(Exception):  # noqa: N818 - says what happened
@@ -93,9 +93,12 @@ class Proof:
         candidate: the reading that holds.
         clips: batch and frames of the trial, [B, T].
         logits: error of the Flax model against the file.
-        state: the same for the state; None where the file returns none.
-        rounding: what PyTorch's own rounding does to the logits, against float64.
+        state: the same for the state; None where the file returns none that can be compared.
+        rounding: what PyTorch's own rounding in the file's precision does to the logits, against
+            float64: no proof can be finer.
+        dtype: the file's precision.
         trials: every candidate.
+        notes: what was not compared.
     """
 
     candidate: Candidate
@@ -103,7 +106,39 @@ class Proof:
     logits: float
     state: float | None
     rounding: float
+    dtype: str
     trials: tuple[Trial, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a file answered to `seeded_clips`.
+
+    Attributes:
+        clips: batch and frames, [B, T].
+        video: the first clips of the batch, [B', T, H, W, 3].
+        logits: of those, [B', K].
+        state: of those, [L, B', S, D], or without token 0; None where there is none.
+        dtype: the file's precision.
+        notes: what came that is none of these.
+    """
+
+    clips: tuple[int, int]
+    video: np.ndarray
+    logits: np.ndarray
+    state: np.ndarray | None
+    dtype: torch.dtype
+    notes: tuple[str, ...]
+
+    def errors(self, logits: np.ndarray, state: np.ndarray) -> tuple[float, float | None]:
+        """Of a model's logits and whole state, against the file's."""
+        if self.state is None:
+            return relative_error(logits, self.logits), None
+        tokens = self.state.shape[2]  # all, or all but the first
+        return relative_error(logits, self.logits), relative_error(
+            state[:, :, -tokens:], self.state
+        )
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
@@ -162,62 +197,84 @@ def prove(found: Recognised, *, timeout: float = 120.0) -> Proof:
         NotRun: the file has no code, or cannot be run here.
         NotProven: it runs, and nothing matches.
     """
-    if not found.source.code:
-        raise NotRun(f"a {found.source.kind} holds weights and no code to run")
-    pending = list(_attempts(found))
-    trials: list[Trial] = []
-    for _ in range(MOST_TRIES):
-        result, arrays = run_in_child(
-            found.source.path, {"what": "whole", **_request(found, pending)}, timeout
-        )
-        if result["accepted"] is None:
-            break
-        clips, dtype = tuple(result["accepted"]), getattr(torch, result["dtype"])
-        video = seeded_clips(*clips, found.sizes["image_size"])
-        tried = list(_try_candidates(found, video, arrays, dtype))
-        trials += tried
+    trials: dict[Candidate, Trial] = {}
+    for answers in run_whole(found, timeout=timeout):
+        if not np.isfinite(answers.logits).all():
+            raise NotProven(f"{found.source.path} answers with NaN or infinite logits")
+        tried = list(_try_candidates(found, answers))
+        trials |= {trial.candidate: trial for trial in tried}
         best = min(tried, key=lambda trial: (trial.logits, trial.state or 0.0))
-        rounding = _rounding(found, best.candidate, video, dtype)
-        bar = max(SCREEN_BAR, ROUNDING_FACTOR * rounding)
-        if best.logits <= bar and (best.state or 0.0) <= bar:
-            return _hold_against_flax(found, best, clips, video, arrays, rounding, tuple(trials))
-        pending = pending[pending.index(list(clips)) + 1 :]
-    if not trials:
-        refused = result["refused"]
-        raise NotRun(
-            f"it accepted none of {len(refused)} batches; the last, {refused[-1][0]} clips of "
-            f"{refused[-1][1]} frames: {refused[-1][2]}"
-            if refused
-            else "there was no batch to try"
-        )
-    closest = sorted(trials, key=lambda trial: trial.logits)[:5]
+        rounding = _rounding(found, best.candidate, answers)
+        if _within((best.logits, best.state), rounding, SCREEN_BAR):
+            return _hold_against_flax(found, best.candidate, answers, rounding, tuple(tried))
+    closest = sorted(trials.values(), key=lambda trial: trial.logits)[:5]
     raise NotProven(
         f"{found.source.path} runs, but computes what no candidate does; the closest: "
-        + "; ".join(f"{t.candidate}: logits differ by {t.logits:.1e}" for t in closest)
+        + "; ".join(f"{t.candidate}: {_errors_text(t.logits, t.state)}" for t in closest)
     )
 
 
-def _attempts(found: Recognised) -> Iterator[list[int]]:
-    """Batches to offer, likely ones first."""
-    frames = base.get_config().dataset.num_frames
-    for text in found.source.code.values():
-        # A traced block has a method per frame: forward, forward1, ...
-        if "layer_norm_hidden : " in text and (calls := re.findall(r"def forward(\d+)\(", text)):
-            frames = max(map(int, calls)) + 1
-    default = base.get_config().dataset.num_frames
-    for frames_tried in dict.fromkeys((frames, default, 32, 16, 8)):
-        for batch in BATCHES:
-            yield [batch, frames_tried]
+def run_whole(found: Recognised, *, timeout: float) -> Iterator[Answers]:
+    """The file's answers, for one batch size of each number of frames that it accepts.
 
-
-def _request(found: Recognised, attempts: list[list[int]]) -> dict[str, Any]:
+    Raises:
+        NotRun: the file has no code, or accepts no batch here.
+    """
+    if not found.source.code:
+        raise NotRun(f"a {found.source.kind} holds weights and no code to run")
     sizes = found.sizes
     patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
-    return {
-        "attempts": attempts,
-        "image_size": sizes["image_size"],
-        "state": [sizes["num_layers"], patches, sizes["hidden_size"]],
-    }
+    default = base.get_config().dataset.num_frames
+    frames = dict.fromkeys((baked_frames(found.source.code) or default, default, 32, 16, 12, 8))
+    pending = [[batch, count] for count in frames for batch in BATCHES]
+    answered = False
+    while pending:
+        request = {
+            "what": "whole",
+            "attempts": pending,
+            "image_size": sizes["image_size"],
+            "state": [sizes["num_layers"], patches, sizes["hidden_size"]],
+        }
+        result, arrays = run_in_child(found.source.path, request, timeout)
+        if result["accepted"] is None:
+            break
+        yield _answers(found, result, arrays)
+        answered = True
+        # Another batch size of as many frames would tell nothing new.
+        later = pending[pending.index(result["accepted"]) + 1 :]
+        pending = [entry for entry in later if entry[1] != result["accepted"][1]]
+    if not answered:
+        batch, count, reason = result["refused"][0]
+        raise NotRun(
+            f"it accepted none of {len(result['refused'])} batches; the first, {batch} clips of "
+            f"{count} frames: {reason}"
+        )
+
+
+def _answers(found: Recognised, result: dict, arrays: dict[str, np.ndarray]) -> Answers:
+    clips = tuple(result["accepted"])
+    sizes = found.sizes
+    layers, width = sizes["num_layers"], sizes["hidden_size"]
+    patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
+    second, notes = arrays.get("second"), ()
+    whole, without_token = ((layers, clips[0], patches + more, width) for more in (1, 0))
+    if second is not None and second.shape not in (whole, without_token):
+        notes = (f"its second output has shape {list(second.shape)}, which is no state of it",)
+        second = None
+    logits = arrays["logits"]
+    if logits.shape != (clips[0], sizes["num_classes"]):
+        raise NotProven(
+            f"{found.source.path} answers {clips[0]} clips with a tensor of shape "
+            f"{list(logits.shape)}, expected logits {[clips[0], sizes['num_classes']]}"
+        )
+    return Answers(
+        clips,
+        seeded_clips(*clips, sizes["image_size"])[:COMPARED_CLIPS],
+        logits[:COMPARED_CLIPS],
+        None if second is None else second[:, :COMPARED_CLIPS],
+        getattr(torch, result["dtype"]),
+        notes,
+    )
 
 
 class _PositionsTakenOff(torch.nn.Module):
@@ -254,67 +311,68 @@ def run_oracle(oracle: TorchRViT, video: np.ndarray) -> tuple[np.ndarray, np.nda
     return logits.double().numpy(), state.double().numpy()
 
 
-def _rounding(
-    found: Recognised, candidate: Candidate, video: np.ndarray, dtype: torch.dtype
-) -> float:
-    """What computing in the file's precision does to the logits, against float64."""
-    exact, _ = run_oracle(make_oracle(found, candidate).double(), video)
-    return relative_error(run_oracle(make_oracle(found, candidate).to(dtype), video)[0], exact)
+def _rounding(found: Recognised, candidate: Candidate, answers: Answers) -> tuple[float, float]:
+    """What computing in the file's precision does to logits and state, against float64."""
+    exact = run_oracle(make_oracle(found, candidate).double(), answers.video)
+    rounded = run_oracle(make_oracle(found, candidate).to(answers.dtype), answers.video)
+    logits, state = map(relative_error, rounded, exact)
+    return logits, state
 
 
-def _try_candidates(
-    found: Recognised, video: np.ndarray, arrays: dict[str, np.ndarray], dtype: torch.dtype
-) -> Iterator[Trial]:
+def _within(errors: tuple[float, float | None], rounding: tuple[float, float], bar: float) -> bool:
+    """Whether errors of logits and state are below the bar, or below what rounding does."""
+    return all(
+        error is None
+        or (np.isfinite(error) and np.isfinite(r) and error <= max(bar, ROUNDING_FACTOR * r))
+        for error, r in zip(errors, rounding, strict=True)
+    )
+
+
+def _errors_text(logits: float, state: float | None) -> str:
+    return f"logits differ by {logits:.1e}" + (
+        "" if state is None else f", the state by {state:.1e}"
+    )
+
+
+def _try_candidates(found: Recognised, answers: Answers) -> Iterator[Trial]:
     """Every candidate; of several numbers of heads, up to the first one that matches."""
-    for num_heads in found.possible_heads():
-        matched = False
-        choices = itertools.product((True, False), (True, False), found.possible_attentions())
-        for keeps, learned, attention in choices:
-            candidate = Candidate(attention, num_heads, keeps, learned)
-            logits, state = run_oracle(make_oracle(found, candidate).to(dtype), video)
-            trial = Trial(
-                candidate,
-                relative_error(logits, arrays["logits"]),
-                relative_error(state, arrays["state"]) if "state" in arrays else None,
-            )
-            matched |= trial.logits <= SCREEN_BAR
-            yield trial
-        if matched:
-            return
+    choices = list(itertools.product((True, False), (True, False), found.possible_attentions()))
+    heads = found.possible_heads()
+    with tqdm(total=len(choices) * len(heads), desc="candidates", leave=False) as bar:
+        for num_heads in heads:
+            matched = False
+            for keeps, learned, attention in choices:
+                candidate = Candidate(attention, num_heads, keeps, learned)
+                oracle = make_oracle(found, candidate).to(answers.dtype)
+                trial = Trial(candidate, *answers.errors(*run_oracle(oracle, answers.video)))
+                matched |= trial.logits <= SCREEN_BAR
+                bar.update()
+                yield trial
+            if matched:
+                return
 
 
 def _hold_against_flax(
     found: Recognised,
-    best: Trial,
-    clips: tuple[int, int],
-    video: np.ndarray,
-    arrays: dict[str, np.ndarray],
-    rounding: float,
+    candidate: Candidate,
+    answers: Answers,
+    rounding: tuple[float, float],
     trials: tuple[Trial, ...],
 ) -> Proof:
-    candidate = best.candidate
     if not (candidate.keeps_positions and candidate.learned_token):
         raise NotProven(
-            f"{found.source.path} computes {candidate} (logits differ by {best.logits:.1e}), "
-            "which the Flax model does not: its state is a + g, its token 0 learned"
+            f"{found.source.path} computes {candidate}, which the Flax model does not: its state "
+            "is a + g, its token 0 learned"
         )
-    logits, state = run_flax(found, candidate, video)
-    proof = Proof(
-        candidate,
-        clips,
-        relative_error(logits, arrays["logits"]),
-        relative_error(state, arrays["state"]) if "state" in arrays else None,
-        rounding,
-        trials,
-    )
-    bar = max(PROOF_BAR, ROUNDING_FACTOR * rounding)
-    if proof.logits > bar or (proof.state or 0.0) > bar:
+    logits, state = answers.errors(*run_flax(found, candidate, answers.video))
+    if not _within((logits, state), rounding, PROOF_BAR):
         raise NotProven(
-            f"{found.source.path} is closest to {candidate}, but the logits differ by "
-            f"{proof.logits:.1e} and the state by {proof.state or 0.0:.1e} where {bar:.1e} would "
-            "be rounding: it computes something a little different"
+            f"{found.source.path} is closest to {candidate}, but {_errors_text(logits, state)}, "
+            f"where rounding does {rounding[0]:.1e} and {rounding[1]:.1e}: it computes something "
+            "a little different"
         )
-    return proof
+    dtype = str(answers.dtype).removeprefix("torch.")
+    return Proof(candidate, answers.clips, logits, state, rounding[0], dtype, trials, answers.notes)
 
 
 def run_flax(

@@ -7,6 +7,7 @@ does.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +20,7 @@ from weights_converter import mapping
 from weights_converter.archive import FileRefused, Source, class_texts
 
 ATTENTIONS = ("linear", "softmax", "reattention")
+MAX_LISTS = 5_000  # of sizes, looked at in one class of a code text
 # Attributes that say the number of heads, and those that say the width of one.
 HEAD_COUNT_NAMES = ("num_heads", "heads", "n_heads", "num_attention_heads", "nhead", "n_head")
 HEAD_WIDTH_NAMES = ("head_dim", "dim_head", "head_width", "head_size", "d_head")
@@ -27,20 +29,21 @@ REATTENTION = "attention.reattn_"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something that shapes do not tell.
+    """Something that a name or a shape of the weights does not settle.
 
     Attributes:
-        value: what was found; None where nothing tells.
+        value: what was found; None where nothing tells, or the reasons contradict each other.
         reasons: what says so.
+        certain: the user says it, or a shape does; the rest is evidence.
     """
 
     value: str | int | None
     reasons: tuple[str, ...] = ()
+    certain: bool = False
 
     def __str__(self) -> str:
-        if self.value is None:
-            return "unknown"
-        return f"{self.value} ({'; '.join(self.reasons)})"
+        value = "undecided" if self.value is None else self.value
+        return f"{value} ({'; '.join(self.reasons) or 'nothing tells'})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +85,12 @@ class Recognised:
         return config
 
     def possible_heads(self) -> list[int]:
-        """The number of heads where it is known, else every divisor of D, likely ones first."""
-        if self.num_heads.value is not None:
+        """The number of heads where it is certain, else every divisor of D, likely ones first."""
+        if self.num_heads.certain:
             return [int(self.num_heads.value)]
-        width = int(self.sizes["hidden_size"])
+        width, likely = int(self.sizes["hidden_size"]), int(self.num_heads.value or 8)
         divisors = [n for n in range(1, width + 1) if width % n == 0]
-        return sorted(divisors, key=lambda n: abs(math.log2(n / 8)))
+        return sorted(divisors, key=lambda n: abs(math.log2(n / likely)))
 
     def possible_attentions(self) -> list[str]:
         """The kinds that the parameters allow, the one that the file speaks for first."""
@@ -108,7 +111,7 @@ def recognise(
     Raises:
         FileRefused: this is no RViT: names are missing, extra or misshapen, or a value is not
             finite.
-        ValueError: what the user says does not fit the file, or the file contradicts itself.
+        ValueError: what the user says does not fit the file.
     """
     try:
         return _recognise(source, attention, num_heads)
@@ -126,7 +129,9 @@ def _recognise(source: Source, attention: str | None, num_heads: int | None) -> 
     # The audit needs no knowledge of the attention: heads show in the re-attention's shapes alone.
     has_reattention = any(REATTENTION in name for name in names)
     width = int(sizes["hidden_size"])
-    heads = _combine(_best_heads_evidence(source, tensors, width), "num_heads", num_heads)
+    heads = _find_heads(source, tensors, width, num_heads)
+    if heads.value is not None and not (1 <= heads.value <= width and width % heads.value == 0):
+        raise ValueError(f"{heads.value} heads do not divide the hidden size {width}")
     audited = base.get_config().model
     audited.update(**sizes, unused_reattention=has_reattention, attention="softmax")
     audited.num_heads = int(heads.value or 1)
@@ -134,8 +139,6 @@ def _recognise(source: Source, attention: str | None, num_heads: int | None) -> 
         mapping.to_flax({ours: tensors[theirs] for ours, theirs in names.items()}, audited)
     except ValueError as error:
         raise FileRefused(str(error)) from error
-    if heads.value is not None and (heads.value < 1 or width % heads.value):
-        raise ValueError(f"{heads.value} heads do not divide the hidden size {width}")
     kind = _combine(_attention_evidence(source, tensors, has_reattention), "attention", attention)
     if kind.value == "reattention" and not has_reattention:
         raise ValueError("attention 'reattention', but the file has no re-attention parameters")
@@ -297,30 +300,32 @@ def _to_float32(
 def _combine(
     evidence: Iterable[tuple[str | int, str]], what: str, asked: str | int | None
 ) -> Finding:
-    """One finding from several reasons, or the user's word.
-
-    Raises:
-        ValueError: reasons contradict each other, and the user says nothing.
-    """
-    evidence = list(evidence)
-    values = {value for value, _ in evidence}
+    """One finding from several reasons, or the user's word."""
+    evidence = list(dict.fromkeys(evidence))
     if asked is not None:
         against = [f"though {reason} says {v}" for v, reason in evidence if v != asked]
-        return Finding(asked, (f"asked for with --{what}", *against))
+        return Finding(asked, (f"asked for with --{what}", *against), certain=True)
+    values = {value for value, _ in evidence}
     if len(values) > 1:
-        said = "; ".join(f"{reason} says {value}" for value, reason in evidence)
-        raise ValueError(f"the file contradicts itself on {what}: {said}. Decide with --{what}")
-    if not values:
-        return Finding(None)
-    return Finding(values.pop(), tuple(dict.fromkeys(reason for _, reason in evidence)))
+        return Finding(None, tuple(f"{reason} says {value}" for value, reason in evidence))
+    return Finding(values.pop() if values else None, tuple(reason for _, reason in evidence))
 
 
 # --------------------------------------------------------------------------- evidence
 
 
+def baked_frames(code: Mapping[str, str]) -> int | None:
+    """The number of frames in a traced file's code: each block has a method for every frame."""
+    for text in class_texts(code).values():
+        calls = re.findall(r"^  def forward(\d{1,4})\(", text, re.M)
+        if calls and re.search(r"^  layer_norm_hidden : ", text, re.M):
+            return max(map(int, calls)) + 1
+    return None
+
+
 def _attention_classes(code: Mapping[str, str]) -> list[str]:
     """Texts of the classes that own `to_qkv`."""
-    texts = class_texts(dict(code)).values()
+    texts = class_texts(code).values()
     return [text for text in texts if re.search(r"^  to_qkv : ", text, re.M)]
 
 
@@ -330,24 +335,15 @@ def _bodies(text: str) -> str:
     return found + body
 
 
-def _best_heads_evidence(
-    source: Source, tensors: Mapping[str, np.ndarray], width: int
-) -> list[tuple[int, str]]:
-    """A shape tells more than a name, a name more than numbers in a reshape."""
-    for evidence in (_heads_from_shapes(tensors), *_heads_from_code(source, width)):
-        if found := list(evidence):
-            return found
-    return []
-
-
-def _heads_from_shapes(tensors: Mapping[str, np.ndarray]) -> Iterable[tuple[int, str]]:
-    for name, array in tensors.items():
-        if name.endswith("attention.reattn_weights") and array.ndim == 2:
-            yield array.shape[0], "the re-attention matrix"
-
-
-def _heads_from_code(source: Source, width: int) -> tuple[Iterable[tuple[int, str]], ...]:
-    """By names, and by reshapes."""
+def _find_heads(
+    source: Source, tensors: Mapping[str, np.ndarray], width: int, asked: int | None
+) -> Finding:
+    """A shape tells more than a name, a name more than a number in a reshape, that than a scale."""
+    by_shape = [
+        (array.shape[0], "the re-attention matrix")
+        for name, array in tensors.items()
+        if name.endswith("attention.reattn_weights") and array.ndim == 2
+    ]
     texts = _attention_classes(source.code)
     named = [
         (attribute, value, f"the attribute {attribute}")
@@ -356,59 +352,80 @@ def _heads_from_code(source: Source, width: int) -> tuple[Iterable[tuple[int, st
         if owner.endswith("attention")
     ]
     for text in texts:
-        constants = re.findall(r"^  (\w+) : Final\[\w+\] = ([\d.e+-]+)$", text, re.M)
+        constants = re.findall(r"^  (\w+) : Final\[\w+\] = (\d+\.?\d*)$", text, re.M)
         named += [(name, float(value), f"the constant {name}") for name, value in constants]
-    by_name = (found for entry in named for found in _heads_from(*entry, width))
+    by_name = (found for entry in named for found in _heads_by_name(*entry, width))
     by_reshape = (found for text in texts for found in _heads_from_reshapes(_bodies(text), width))
-    return by_name, by_reshape
+    by_scale = (found for entry in named for found in _heads_by_scale(*entry, width))
+    for evidence in (by_shape, by_name, by_reshape, by_scale):
+        if reasons := list(evidence):
+            found = _combine(reasons, "num_heads", asked)
+            told = evidence is by_shape and found.value is not None
+            return dataclasses.replace(found, certain=found.certain or told)
+    return _combine([], "num_heads", asked)
 
 
-def _heads_from(
+def _heads_by_name(
     attribute: str, value: object, reason: str, width: int
 ) -> Iterable[tuple[int, str]]:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+    if not _is_number(value) or value != int(value) or not 1 <= value <= width:
         return
-    if attribute in HEAD_COUNT_NAMES and value == int(value):
+    if attribute in HEAD_COUNT_NAMES:
         yield int(value), reason
-    elif attribute in HEAD_WIDTH_NAMES and value == int(value) and width % int(value) == 0:
+    elif attribute in HEAD_WIDTH_NAMES and width % int(value) == 0:
         yield width // int(value), reason
-    elif attribute == "scale":  # (D/A)^-0.5
-        heads = width * value * value
-        if heads >= 1 and abs(heads - round(heads)) < 1e-3 and width % round(heads) == 0:
-            yield round(heads), reason
+
+
+def _heads_by_scale(
+    attribute: str, value: object, reason: str, width: int
+) -> Iterable[tuple[int, str]]:
+    """(D/A)^-0.5. Some write D^-0.5 whatever the number of heads: 1 head says nothing."""
+    if attribute != "scale" or not _is_number(value) or not 0 < value <= 1:
+        return
+    heads = width * value * value
+    if heads > 1.5 and abs(heads - round(heads)) < 1e-3 and width % round(heads) == 0:
+        yield round(heads), reason
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
+    )  # so that NaN is none
 
 
 def _heads_from_reshapes(body: str, width: int) -> Iterable[tuple[int, str]]:
     """Constants of a traced file: `reshape(qkv, [.., .., 3, 8, 24])`, `view(q, [.., .., 8, 24])`.
 
-    Any list of four sizes or more will do, whatever call it stands in, but for a permutation.
+    Any list of four to eight sizes will do, whatever call it stands in, but for a permutation.
     """
-    for sizes in re.findall(r"\[([^\[\]()]*)\]", body):
-        entries = [entry.strip() for entry in sizes.split(",") if entry.strip()]
+    for found in itertools.islice(re.finditer(r"\[([^\[\]]{0,200})\]", body), MAX_LISTS):
+        entries = [entry.strip() for entry in found.group(1).split(",") if entry.strip()]
         numbers = [int(e) if re.fullmatch(r"-?\d{1,6}", e) else None for e in entries]
-        if len(numbers) < 4 or set(numbers) == set(range(len(numbers))):
+        if not 4 <= len(numbers) <= 8 or set(numbers) == set(range(len(numbers))):
             continue
-        before, heads, head_width = numbers[-3:]
+        before, *last = numbers[-3:]
         told = ", ".join("?" if n is None else str(n) for n in numbers[-3:])
         reason = f"the code's reshape to [..., {told}]"
-        known = [number if number and number > 0 else None for number in (heads, head_width)]
-        match known:
+        match [number if number and number > 0 else None for number in last]:
             case [int(a), int(b)] if a * b == width:
                 yield a, reason
-            case [int(a), None] if before == 3:
+            case [int(a), None] if before == 3 and width % a == 0:
                 yield a, reason
-            case [None, int(b)] if before == 3:
+            case [None, int(b)] if before == 3 and b < width and width % b == 0:
                 yield width // b, reason
 
 
 def _attention_evidence(
     source: Source, tensors: Mapping[str, np.ndarray], has_reattention: bool
 ) -> Iterable[tuple[str, str]]:
-    bodies = "".join(map(_bodies, _attention_classes(source.code)))
-    if bodies:
-        elu = re.search(r"(?<![A-Za-z0-9_])elu(?![A-Za-z0-9_])", bodies)
-        softmax = re.search(r"(?<!log_)softmax", bodies)
-        mixes = re.search(r'self\.reattn_weights|getattr\(self, "reattn_weights"\)', bodies)
+    texts = _attention_classes(source.code)
+    if texts:
+        elu = any(_uses(text, "elu") for text in texts)
+        softmax = any(_uses(text, "softmax") for text in texts)
+        mixes = any(
+            re.search(r'self\.reattn_weights|getattr\(self, "reattn_weights"\)', _bodies(text))
+            for text in texts
+        )
         if elu and not softmax:
             yield "linear", "its code calls elu and no softmax"
         elif softmax and mixes and not elu:
@@ -417,6 +434,17 @@ def _attention_evidence(
             yield "softmax", "its code calls softmax and no elu"
     if has_reattention and source.optimizer is not None:
         yield from _attention_from_optimizer(source.optimizer, list(tensors))
+
+
+def _uses(text: str, function: str) -> bool:
+    """Whether a class calls a function, or a submodule that is this function."""
+    body = _bodies(text)
+    if re.search(rf"(?<![A-Za-z0-9_]){function}\(|functional\.{function}\b", body):
+        return True
+    modules = re.findall(r"^  (\w+) : __torch__\.[\w.]*?(\w+)$", text, re.M)
+    return any(
+        kind.lower() == function and re.search(rf"self\.{name}\b", body) for name, kind in modules
+    )
 
 
 def _attention_from_optimizer(
@@ -431,6 +459,7 @@ def _attention_from_optimizer(
     stateless = {name for name in names if name not in entries}
     reattention = {name for name in names if REATTENTION in name}
     if reattention <= stateless:
-        yield "softmax", "the optimizer holds no state for the re-attention parameters"
+        reason = "the optimizer never trained the re-attention parameters, as in the later source"
+        yield "softmax", reason
     elif not reattention & stateless:
         yield "reattention", "the optimizer trained the re-attention parameters"

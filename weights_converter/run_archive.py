@@ -7,7 +7,10 @@ files and one `result.json`, written last.
 """
 
 import json
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ def run_whole(module: Any, request: dict[str, Any], out: Path) -> dict[str, Any]
     Args:
         module: the loaded file.
         request: `attempts` ([[B, T], ...]), `image_size`, `state` ([L, N, D]).
-        out: folder for `logits.npy` and, where the file returns one, `state.npy`.
+        out: folder for `logits.npy` and, where the file returns more, `second.npy`.
 
     Returns:
         `accepted` ([B, T] or None), `refused` ([[B, T, reason], ...]), `dtype` of its weights.
@@ -44,26 +47,35 @@ def run_whole(module: Any, request: dict[str, Any], out: Path) -> dict[str, Any]
     dtype = next(module.parameters()).dtype
     dtype_name = str(dtype).removeprefix("torch.")
     num_layers, patches, width = request["state"]
-    refused = []
+    accepted, refused = None, []
     for batch, frames in request["attempts"]:
         video = for_torch(seeded_clips(batch, frames, request["image_size"])).to(dtype)
         state = torch.zeros(num_layers, batch, patches, width, dtype=dtype)
         try:
             with torch.no_grad():
-                outputs = module(video, state)
+                outputs = tensors_of(module(video, state))
         except Exception as error:  # TorchScript raises many kinds
             refused.append([batch, frames, last_line(error)])
             continue
-        outputs = outputs if isinstance(outputs, tuple | list) else [outputs]
-        tensors = [output for output in outputs if isinstance(output, Tensor)]
-        if not tensors:
+        if not outputs:
             refused.append([batch, frames, "it returned no tensor"])
             continue
-        np.save(out / "logits.npy", tensors[0].double().numpy())
-        if len(tensors) > 1:
-            np.save(out / "state.npy", tensors[1].double().numpy())
-        return {"accepted": [batch, frames], "refused": refused, "dtype": dtype_name}
-    return {"accepted": None, "refused": refused, "dtype": dtype_name}
+        for name, tensor in zip(("logits", "second"), outputs, strict=False):
+            np.save(out / f"{name}.npy", tensor.double().numpy())
+        accepted = [batch, frames]
+        break
+    return {"accepted": accepted, "refused": refused, "dtype": dtype_name}
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """A file's outputs; a list of equal tensors (a state per layer) becomes one."""
+    tensors = []
+    for output in outputs if isinstance(outputs, tuple) else [outputs]:
+        if isinstance(output, Tensor):
+            tensors.append(output)
+        elif isinstance(output, list | tuple) and len({t.shape for t in output}) == 1:
+            tensors.append(torch.stack(list(output)))
+    return tensors
 
 
 def run_parts(
@@ -107,8 +119,8 @@ def run_parts(
             tokens += [state[:, 0] for state in hidden]
         head = module.fc if hasattr(module, "fc") else module.classifier
         read_out = head(torch.cat(tokens, -1))
-    arrays = {name: torch.stack(tensors).numpy() for name, tensors in parts.items()}
-    return {**arrays, "read-out": read_out.numpy()}
+    arrays = {name: torch.stack(tensors).double().numpy() for name, tensors in parts.items()}
+    return {**arrays, "read-out": read_out.double().numpy()}
 
 
 def sorted_children(layers: Any) -> list[tuple[int, Any]]:
@@ -122,8 +134,21 @@ def last_line(error: BaseException) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
+def end_with_parent() -> None:
+    """A file that loops for ever must not outlive a caller that was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(file: str, request_file: str, out: str) -> None:
     """Loads the file, does what the request asks, writes the result."""
+    end_with_parent()
     folder = Path(out)
     request = json.loads(Path(request_file).read_text())
     result: dict[str, Any]

@@ -12,7 +12,11 @@ from flax import nnx
 import rvit_jax
 from rvit_jax.checkpoint import LoadedModel
 from weights_converter import archive, mapping
+from weights_converter import prove as proving
+from weights_converter.prove import relative_error
 from weights_converter.recognise import Recognised, recognise
+from weights_converter.run_archive import ROOTS, run_parts, seeded_clips
+from weights_converter.torch_rvit import TorchRViT
 
 PART_FRAMES = 4  # a recurrence shows every part in two frames
 BAR = 1e-5  # x the part's largest absolute value
@@ -24,24 +28,25 @@ class Part:
 
     Attributes:
         name: "weights", "embedding", "layers.0.state", ..., "read-out", "logits".
-        error: largest difference over the largest absolute value in PyTorch.
+        error: largest difference over the largest absolute value in PyTorch; None where the part
+            could not be compared.
         bar: what `error` must not exceed.
-        where: what differs most, where that can be told.
+        where: what differs most, or why nothing was compared.
     """
 
     name: str
-    error: float
+    error: float | None
     bar: float
     where: str = ""
 
     @property
     def equal(self) -> bool:
         """Whether the two sides agree."""
-        return self.error <= self.bar
+        return self.error is not None and np.isfinite(self.error) and self.error <= self.bar
 
 
 def verify(
-    file: str | os.PathLike,
+    source: archive.Source,
     checkpoint: str | os.PathLike,
     *,
     prove: bool = False,
@@ -50,84 +55,112 @@ def verify(
     """Compares weights, every part and the logits.
 
     Args:
-        file: see `archive.read`.
+        source: of the file, see `archive.read`.
         checkpoint: see `rvit_jax.load`.
         prove: run the file's own code, which the user trusts; else our PyTorch RViT with the
             file's weights stands in for it.
         timeout: of each run of the file, in seconds.
 
     Raises:
-        FileNotFoundError: the file or the checkpoint is missing.
-        ValueError: one cannot be read, or the file cannot be run.
+        FileNotFoundError: there is no checkpoint.
+        ValueError: a side cannot be read, they are of different sizes, or the file cannot be run.
     """
     loaded = rvit_jax.load(checkpoint)
     config = loaded.config.model
-    found = recognise(archive.read(file), attention=config.attention, num_heads=config.num_heads)
+    found = recognise(source, attention=config.attention, num_heads=config.num_heads)
     differing = [key for key, value in found.sizes.items() if config[key] != value]
     if differing:
         raise ValueError(
-            f"{file} and {checkpoint} are different models: "
+            f"{source.path} and {checkpoint} are different models: "
             + "; ".join(f"{k} is {found.sizes[k]} and {config[k]}" for k in differing)
         )
     yield _compare_weights(found, loaded)
-    yield from _compare_parts(found, loaded, prove, timeout)
+    candidate = proving.Candidate(config.attention, config.num_heads)
+    if prove:
+        yield from _compare_with_file(found, candidate, loaded, timeout)
+    else:
+        yield from _compare_with_oracle(found, candidate, loaded)
 
 
 def _compare_weights(found: Recognised, loaded: LoadedModel) -> Part:
     ours = mapping.flatten(loaded.model.module)
-    theirs = mapping.to_flax(found.weights, loaded.config.model)
-    errors = {path: _error(ours[path], theirs[path]) for path in theirs}
+    try:
+        theirs = mapping.to_flax(found.weights, loaded.config.model)
+    except ValueError as error:
+        raise ValueError(f"{found.source.path} and {loaded.path}: {error}") from error
+    errors = {path: relative_error(ours[path], theirs[path]) for path in theirs}
     worst = max(errors, key=errors.get)
     return Part("weights", errors[worst], 0.0, "/".join(map(str, worst)))
 
 
-def _compare_parts(
-    found: Recognised, loaded: LoadedModel, prove: bool, timeout: float
+def _compare_with_oracle(
+    found: Recognised, candidate: proving.Candidate, loaded: LoadedModel
 ) -> Iterator[Part]:
-    from weights_converter import prove as proving
-    from weights_converter.run_archive import run_parts, seeded_clips
-
-    config = loaded.config.model
-    candidate = proving.Candidate(config.attention, config.num_heads)
-    side = config.image_size
-    clips = (1, PART_FRAMES)
-    video = seeded_clips(*clips, side)
     oracle = proving.make_oracle(found, candidate)
-    in_float64 = run_parts(oracle.double(), {}, config.readout, video.astype(np.float64))
-    oracle = oracle.float()
-    rounded = run_parts(oracle, {}, config.readout, video)
-    ours = _run_parts(loaded.model.module, video)
-    if not prove:
-        theirs = rounded
+    in_float64 = proving.make_oracle(found, candidate).double()
+    config = loaded.config
+    video = seeded_clips(1, PART_FRAMES, config.model.image_size)
+    theirs = run_parts(oracle, {}, config.model.readout, video)
+    yield from _parts(_run_parts(loaded.model.module, video), theirs, theirs, in_float64, video)
+    video = seeded_clips(1, config.dataset.num_frames, config.model.image_size)
+    logits, exact = (proving.run_oracle(side, video)[0] for side in (oracle, in_float64))
+    yield _logits(loaded, video, logits, relative_error(logits, exact))
+
+
+def _compare_with_file(
+    found: Recognised, candidate: proving.Candidate, loaded: LoadedModel, timeout: float
+) -> Iterator[Part]:
+    config = loaded.config.model
+    in_float64 = proving.make_oracle(found, candidate).double()
+    try:
+        answers = next(proving.run_whole(found, timeout=timeout))
+    except proving.NotRun as error:
+        raise ValueError(f"{found.source.path}: {error}") from error
+    rounded = proving.make_oracle(found, candidate).to(answers.dtype)
+    clips = (answers.clips[0], PART_FRAMES)
+    request = {
+        "what": "parts",
+        "clips": clips,
+        "image_size": config.image_size,
+        "names": {ours: theirs for ours, theirs in found.names.items() if ours in ROOTS},
+        "readout": config.readout,
+    }
+    video = seeded_clips(*clips, config.image_size)
+    try:
+        result, arrays = proving.run_in_child(found.source.path, request, timeout)
+    except proving.NotRun as error:
+        yield Part("parts", None, BAR, str(error))
     else:
-        request = {
-            "what": "parts",
-            "clips": clips,
-            "image_size": side,
-            "names": found.names,
-            "readout": config.readout,
-        }
-        try:
-            result, arrays = proving.run_in_child(found.source.path, request, timeout)
-        except proving.NotRun as error:
-            raise ValueError(f"{found.source.path}: {error}") from error
         theirs = {name: arrays[f"part_{i}"] for i, name in enumerate(result["parts"])}
-    for name in theirs:
-        rounding = _error(rounded[name], in_float64[name])
-        bar = max(BAR, proving.ROUNDING_FACTOR * rounding)
-        yield Part(name, _error(ours[name], theirs[name]), bar)
-    if prove:
-        proof = proving.prove(found, timeout=timeout)
-        bar = max(BAR, proving.ROUNDING_FACTOR * proof.rounding)
-        yield Part(f"logits, {proof.clips[1]} frames", proof.logits, bar)
-    else:
-        frames = loaded.config.dataset.num_frames
-        video = seeded_clips(1, frames, side)
-        theirs_whole = proving.run_oracle(oracle, video)[0]
-        rounding = _error(theirs_whole, proving.run_oracle(oracle.double(), video)[0])
-        whole = np.asarray(loaded.model(video)[0])
-        bar = max(BAR, proving.ROUNDING_FACTOR * rounding)
-        yield Part(f"logits, {frames} frames", _error(whole, theirs_whole), bar)
+        ours = _run_parts(loaded.model.module, video)
+        in_its_precision = run_parts(rounded, {}, config.readout, video)
+        yield from _parts(ours, theirs, in_its_precision, in_float64, video)
+    exact, rounding = (proving.run_oracle(side, answers.video)[0] for side in (in_float64, rounded))
+    yield _logits(loaded, answers.video, answers.logits, relative_error(rounding, exact))
+
+
+def _parts(
+    ours: dict[str, np.ndarray],
+    theirs: dict[str, np.ndarray],
+    rounded: dict[str, np.ndarray],
+    in_float64: TorchRViT,
+    video: np.ndarray,
+) -> Iterator[Part]:
+    """Part by part; where PyTorch's own rounding does more than `BAR`, the bar is that."""
+    readout = "class_and_hidden_tokens" if in_float64.concatenates else "class_token"
+    exact = run_parts(in_float64, {}, readout, video.astype(np.float64))
+    for name, array in theirs.items():
+        rounding = relative_error(rounded[name], exact[name])
+        yield Part(name, relative_error(ours[name], array), _bar(rounding))
+
+
+def _logits(loaded: LoadedModel, video: np.ndarray, theirs: np.ndarray, rounding: float) -> Part:
+    ours = np.asarray(loaded.model(video)[0])
+    return Part(f"logits, {video.shape[1]} frames", relative_error(ours, theirs), _bar(rounding))
+
+
+def _bar(rounding: float) -> float:
+    return max(BAR, proving.ROUNDING_FACTOR * rounding) if np.isfinite(rounding) else BAR
 
 
 def _run_parts(model: rvit_jax.RViT, video: np.ndarray) -> dict[str, np.ndarray]:
@@ -153,9 +186,3 @@ def _run_parts(model: rvit_jax.RViT, video: np.ndarray) -> dict[str, np.ndarray]
         collected.append(parts)
     stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *collected)
     return {**stacked, "read-out": np.asarray(read_out)}
-
-
-def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    from weights_converter.prove import relative_error
-
-    return relative_error(ours, theirs)
