@@ -1,11 +1,12 @@
 """The command line: python -m weights_converter {inspect,to_flax,to_torch,verify} ...
 
-Exit status: 0 done; 1 the work failed, with one line on stderr; 2 wrong arguments; 130 after
-Ctrl-C. Nothing of JAX or PyTorch is imported before the file was read and found good.
+Exit status: 0 done; 1 the work failed, with one line on stderr; 2 wrong arguments; 128 + n after
+signal n. Nothing of JAX or PyTorch is imported before the file was read and found good.
 """
 
 import argparse
 import functools
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -189,6 +190,8 @@ _COMMANDS = {"inspect": _inspect, "to_flax": _to_flax, "to_torch": _to_torch, "v
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
     args = _parser().parse_args(argv)
+    # As Ctrl-C, so that what was begun is taken away again.
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
@@ -200,6 +203,10 @@ def main(argv: list[str] | None = None) -> int:
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
         print(f"error: {_one_line(kind + str(error))}", file=sys.stderr)
         return 1
+
+
+def _terminate(signum: int, _frame: object) -> None:
+    raise SystemExit(128 + signum)
 
 
 def _one_line(message: str, most: int = 1500) -> str:

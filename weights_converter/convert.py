@@ -400,20 +400,23 @@ def to_torch(checkpoint: str | os.PathLike, out_file: str | os.PathLike) -> Path
     out_file.absolute().parent.mkdir(parents=True, exist_ok=True)
     aside = out_file.absolute().with_name(f".{out_file.name}.{os.getpid()}.tmp")
     try:
-        write(weights, aside)
+        write(weights, aside, loaded.config.model)
         os.replace(aside, out_file)
     finally:
         aside.unlink(missing_ok=True)
     return out_file
 
 
-def _write_safetensors(weights: Mapping[str, np.ndarray], path: Path) -> None:
+def _write_safetensors(
+    weights: Mapping[str, np.ndarray], path: Path, config_model: ConfigDict
+) -> None:
+    del config_model  # the format has an order of its own
     from safetensors.numpy import save_file
 
     save_file(dict(weights), path)
 
 
-def _torch_writer() -> Callable[[Mapping[str, np.ndarray], Path], None]:
+def _torch_writer() -> Callable[[Mapping[str, np.ndarray], Path, ConfigDict], None]:
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -422,7 +425,11 @@ def _torch_writer() -> Callable[[Mapping[str, np.ndarray], Path], None]:
             "torch, or name a .safetensors file"
         ) from error
 
-    def write(weights: Mapping[str, np.ndarray], path: Path) -> None:
-        torch.save({name: torch.tensor(array) for name, array in weights.items()}, path)
+    from weights_converter.torch_rvit import TorchRViT
+
+    def write(weights: Mapping[str, np.ndarray], path: Path, config_model: ConfigDict) -> None:
+        # In the module's own order, by which an optimizer numbers the parameters.
+        names = TorchRViT(config_model).state_dict()
+        torch.save({name: torch.tensor(weights[name]) for name in names}, path)
 
     return write
