@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from weights_converter.archive import one_line
+
 TRUST = (
     "This loads and runs the code in FILE, which may do anything that you may: only for a file "
     "whose maker you trust. It runs in a process of its own with a time limit, but unconfined."
@@ -26,25 +28,33 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
+    reads_file = argparse.ArgumentParser(add_help=False)
+    reads_file.add_argument("file", metavar="FILE", type=Path)
+    runs_file = argparse.ArgumentParser(add_help=False, parents=[reads_file])
+    runs_file.add_argument(
+        "--timeout",
+        type=_whole(1),
+        default=120,
+        metavar="SECONDS",
+        help="limit of each run of FILE with --prove",
+    )
 
-    inspect = commands.add_parser(
+    commands.add_parser(
         "inspect",
-        parents=[common],
+        parents=[common, reads_file],
         help="say what a PyTorch file holds, without running it",
         description="Says what a PyTorch file holds. Nothing in it is run.",
     )
-    inspect.add_argument("file", metavar="FILE", type=Path)
 
     to_flax = commands.add_parser(
         "to_flax",
-        parents=[common],
+        parents=[common, runs_file],
         help="convert a PyTorch file to a model of rvit_jax",
         description=(
             "Converts a TorchScript archive, state dict, training checkpoint or .safetensors "
             "file. Unless --prove is given, nothing in it is run."
         ),
     )
-    to_flax.add_argument("file", metavar="FILE", type=Path)
     to_flax.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="new folder")
     to_flax.add_argument("--prove", action="store_true", help=f"prove the conversion. {TRUST}")
     to_flax.add_argument(
@@ -71,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
         help="class names in index order, one a line; by default Jester's 27 as the reference "
         "numbers them",
     )
-    _add_timeout(to_flax)
 
     to_torch = commands.add_parser(
         "to_torch",
@@ -84,28 +93,16 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser(
         "verify",
-        parents=[common],
+        parents=[common, runs_file],
         help="compare a PyTorch file with a checkpoint, part by part",
         description=(
             "Compares weights, embedding, each layer's state and output, read-out and logits. By "
             "default our own PyTorch RViT carries FILE's weights."
         ),
     )
-    verify.add_argument("file", metavar="FILE", type=Path)
     verify.add_argument("checkpoint", metavar="CHECKPOINT_DIR", type=Path)
     verify.add_argument("--prove", action="store_true", help=f"run FILE's own code. {TRUST}")
-    _add_timeout(verify)
     return parser
-
-
-def _add_timeout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--timeout",
-        type=_whole(1),
-        default=120,
-        metavar="SECONDS",
-        help="limit of each run of FILE with --prove",
-    )
 
 
 def _whole(least: int) -> Callable[[str], int]:
@@ -190,8 +187,6 @@ _COMMANDS = {"inspect": _inspect, "to_flax": _to_flax, "to_torch": _to_torch, "v
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
     args = _parser().parse_args(argv)
-    # As Ctrl-C, so that what was begun is taken away again.
-    signal.signal(signal.SIGTERM, _terminate)
     try:
         return _COMMANDS[args.command](args)
     except KeyboardInterrupt:
@@ -201,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        print(f"error: {_one_line(kind + str(error))}", file=sys.stderr)
+        print(f"error: {one_line(kind + str(error), 1500)}", file=sys.stderr)
         return 1
 
 
@@ -209,12 +204,7 @@ def _terminate(signum: int, _frame: object) -> None:
     raise SystemExit(128 + signum)
 
 
-def _one_line(message: str, most: int = 1500) -> str:
-    """What a file's names do to a terminal is kept from it."""
-    line = " ".join(message.split())
-    line = line if len(line) <= most else f"{line[:most]} ..."
-    return "".join(c if c.isprintable() else "?" for c in line)
-
-
 if __name__ == "__main__":
+    # As Ctrl-C, so that what was begun is taken away again.
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(main())

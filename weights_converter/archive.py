@@ -9,6 +9,7 @@ bytes -> zip members -> values -> named tensors, module attributes, code text, o
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -86,6 +87,11 @@ class Source:
     optimizer: dict[str, Any] | None = None
     epoch: int | None = None
 
+    @functools.cached_property
+    def classes(self) -> dict[str, str]:
+        """The text of each class in `code`, by its qualified name."""
+        return class_texts(self.code)
+
 
 def read(path: str | os.PathLike) -> Source:
     """Reads a TorchScript archive, state dict, training checkpoint or safetensors file.
@@ -119,9 +125,7 @@ def read(path: str | os.PathLike) -> Source:
         except FileRefused as error:
             raise FileRefused(f"{path}: {error}") from error
         except (RecursionError, MemoryError, ArithmeticError, TypeError) as error:
-            raise FileRefused(
-                f"{path}: damaged, or made to do harm ({_one_line(error)})"
-            ) from error
+            raise FileRefused(f"{path}: damaged, or made to do harm ({_reason(error)})") from error
 
 
 def _what_it_is_instead(start: bytes) -> str:
@@ -179,7 +183,7 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, FileRefused):
             raise
-        raise FileRefused(f"a damaged safetensors file: {_one_line(error)}") from error
+        raise FileRefused(f"a damaged safetensors file: {_reason(error)}") from error
     return tensors
 
 
@@ -210,7 +214,7 @@ def _read_zip_file(path: Path, file: BinaryIO, size: int) -> Source:
         struct.error,
         ValueError,
     ) as error:
-        raise FileRefused(f"damaged or cut off: {_one_line(error)}") from error
+        raise FileRefused(f"damaged or cut off: {_reason(error)}") from error
     return dataclasses.replace(source, sha256=_sha256(file))
 
 
@@ -405,7 +409,7 @@ class _Pickle:
             raise FileRefused(f"{member}: {error}") from error
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             # What genops and a wrong order of opcodes raise.
-            raise FileRefused(f"{member} is no valid pickle: {_one_line(error)}") from error
+            raise FileRefused(f"{member} is no valid pickle: {_reason(error)}") from error
 
     def _run(self, data: bytes) -> Any:
         stack, memo = self._stack, self._memo
@@ -774,7 +778,12 @@ def _clip(text: Any, most: int = 100) -> str:
     return repr(text if len(str(text)) <= most else f"{str(text)[:most]}...")
 
 
-def _one_line(error: BaseException) -> str:
-    """An error's message, made fit for a terminal line."""
-    text = " ".join(str(error).split())[:200]
-    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__
+def one_line(text: str, most: int) -> str:
+    """A text as one terminal line: what a file's names do to a terminal is kept from it."""
+    line = " ".join(text.split())
+    line = line if len(line) <= most else f"{line[:most]} ..."
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(str(error), 200) or type(error).__name__

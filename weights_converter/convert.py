@@ -228,7 +228,7 @@ def _config(
     config.model = found.model_config(kind, heads)
     check_model_config(config.model)
     config.dataset.classes = () if class_names == CLASS_NAMES else class_names
-    config.dataset.num_frames = baked_frames(found.source.code) or config.dataset.num_frames
+    config.dataset.num_frames = baked_frames(found.source) or config.dataset.num_frames
     return config
 
 
@@ -292,7 +292,7 @@ def _epoch(found: Recognised, asked: int | None) -> int | None:
     return next((e for e in epochs if e is not None and 0 <= e <= MAX_EPOCH), None)
 
 
-def optimizer_state(adamw: adamw_state.AdamW, config: ConfigDict, params: Any) -> Any:
+def _optimizer_state(adamw: adamw_state.AdamW, config: ConfigDict, params: Any) -> Any:
     """PyTorch's AdamW state as the state of `config.optimizer`'s optax chain."""
     from rvit_jax import optimizer
 
@@ -328,7 +328,7 @@ def _write(
         checkpointer.save(folder / "params", nnx.to_pure_dict(nnx.state(model)))
         if training is not None:
             params = nnx.state(model, nnx.Param)
-            state = optimizer_state(training.adamw, config, params)
+            state = _optimizer_state(training.adamw, config, params)
             step = jnp.asarray(training.adamw.step, jnp.int32)
             checkpointer.save(folder / "optimizer", {"step": step, "state": state})
             description.update(step=training.adamw.step, epoch=training.epoch)

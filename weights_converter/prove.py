@@ -223,9 +223,8 @@ def run_whole(found: Recognised, *, timeout: float) -> Iterator[Answers]:
     if not found.source.code:
         raise NotRun(f"a {found.source.kind} holds weights and no code to run")
     sizes = found.sizes
-    patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
     default = base.get_config().dataset.num_frames
-    frames = dict.fromkeys((baked_frames(found.source.code) or default, default, 32, 16, 12, 8))
+    frames = dict.fromkeys((baked_frames(found.source) or default, default, 32, 16, 12, 8))
     pending = [[batch, count] for count in frames for batch in BATCHES]
     answered = False
     while pending:
@@ -233,7 +232,7 @@ def run_whole(found: Recognised, *, timeout: float) -> Iterator[Answers]:
             "what": "whole",
             "attempts": pending,
             "image_size": sizes["image_size"],
-            "state": [sizes["num_layers"], patches, sizes["hidden_size"]],
+            "state": [sizes["num_layers"], found.num_patches, sizes["hidden_size"]],
         }
         result, arrays = run_in_child(found.source.path, request, timeout)
         if result["accepted"] is None:
@@ -255,9 +254,8 @@ def _answers(found: Recognised, result: dict, arrays: dict[str, np.ndarray]) -> 
     clips = tuple(result["accepted"])
     sizes = found.sizes
     layers, width = sizes["num_layers"], sizes["hidden_size"]
-    patches = (sizes["image_size"] // sizes["patch_size"]) ** 2
     second, notes = arrays.get("second"), ()
-    whole, without_token = ((layers, clips[0], patches + more, width) for more in (1, 0))
+    whole, without_token = ((layers, clips[0], found.num_patches + more, width) for more in (1, 0))
     if second is not None and second.shape not in (whole, without_token):
         notes = (f"its second output has shape {list(second.shape)}, which is no state of it",)
         second = None

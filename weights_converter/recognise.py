@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from weights_converter import mapping
-from weights_converter.archive import FileRefused, Source, class_texts
+from weights_converter.archive import FileRefused, Source
 
 ATTENTIONS = ("linear", "softmax", "reattention")
 MAX_LISTS = 5_000  # of sizes, looked at in one class of a code text
@@ -72,6 +72,11 @@ class Recognised:
     def has_reattention(self) -> bool:
         """Whether re-attention parameters are there, used or not."""
         return any(REATTENTION in name for name in self.weights)
+
+    @property
+    def num_patches(self) -> int:
+        """N of a frame."""
+        return _num_patches(self.sizes)
 
     def model_config(self, attention: str, num_heads: int) -> ConfigDict:
         """`config.model` of one candidate."""
@@ -212,6 +217,10 @@ def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, int | str]:
     }
 
 
+def _num_patches(sizes: Mapping[str, int | str]) -> int:
+    return (int(sizes["image_size"]) // int(sizes["patch_size"])) ** 2
+
+
 def _first_like(tensors: Mapping[str, np.ndarray], start: str, end: str) -> str:
     """A name that is there if any such is: of a layer that is missing, the audit tells."""
     matches = (name for name in tensors if name.startswith(start) and name.endswith(end))
@@ -255,9 +264,8 @@ def _reference_names(
 ) -> dict[str, str]:
     """The reference's name -> the file's. Root parameters of other names go by their shape."""
     width = int(sizes["hidden_size"])
-    tokens = (int(sizes["image_size"]) // int(sizes["patch_size"])) ** 2 + 1
     roots = {
-        "pos_embedding": (1, tokens, width),
+        "pos_embedding": (1, _num_patches(sizes) + 1, width),
         "_cls": (1, 1, width),
         "_seq": (int(sizes["num_layers"]), 1, 1, width),
     }
@@ -314,18 +322,18 @@ def _combine(
 # --------------------------------------------------------------------------- evidence
 
 
-def baked_frames(code: Mapping[str, str]) -> int | None:
+def baked_frames(source: Source) -> int | None:
     """The number of frames in a traced file's code: each block has a method for every frame."""
-    for text in class_texts(code).values():
+    for text in source.classes.values():
         calls = re.findall(r"^  def forward(\d{1,4})\(", text, re.M)
         if calls and re.search(r"^  layer_norm_hidden : ", text, re.M):
             return max(map(int, calls)) + 1
     return None
 
 
-def _attention_classes(code: Mapping[str, str]) -> list[str]:
+def _attention_classes(source: Source) -> list[str]:
     """Texts of the classes that own `to_qkv`."""
-    texts = class_texts(code).values()
+    texts = source.classes.values()
     return [text for text in texts if re.search(r"^  to_qkv : ", text, re.M)]
 
 
@@ -344,7 +352,7 @@ def _find_heads(
         for name, array in tensors.items()
         if name.endswith("attention.reattn_weights") and array.ndim == 2
     ]
-    texts = _attention_classes(source.code)
+    texts = _attention_classes(source)
     named = [
         (attribute, value, f"the attribute {attribute}")
         for name, value in source.attributes.items()
@@ -418,7 +426,7 @@ def _heads_from_reshapes(body: str, width: int) -> Iterable[tuple[int, str]]:
 def _attention_evidence(
     source: Source, tensors: Mapping[str, np.ndarray], has_reattention: bool
 ) -> Iterable[tuple[str, str]]:
-    texts = _attention_classes(source.code)
+    texts = _attention_classes(source)
     if texts:
         elu = any(_uses(text, "elu") for text in texts)
         softmax = any(_uses(text, "softmax") for text in texts)
