@@ -39,6 +39,7 @@ FLOAT64_BAR = 1e-9  # where float32 is not a measure: the function itself is the
 SHARPENED_FACTOR = 3.0  # our error against float64, in units of PyTorch's own
 
 DEMO_FRAMES = 36
+TRAINED_SHARPENED_CLIPS = 32
 
 
 def demo_model(attention: str, readout: str, head: str, **overrides) -> ConfigDict:
@@ -203,6 +204,7 @@ class Case:
     model: rvit_jax.RViT
     video: np.ndarray  # [2, 36, H, W, 3]
     label: np.ndarray  # [2]
+    trained: bool
 
 
 def _trained_workdirs() -> list[str]:
@@ -214,7 +216,8 @@ def _demo_case(variant: tuple[str, str, str]) -> Case:
     oracle = make_oracle(config, seed=1)
     label = np.array([3, config.num_classes - 1])
     video = make_video(2, DEMO_FRAMES, config.image_size)
-    return Case(" ".join(variant), config, oracle, make_model(config, oracle), video, label)
+    model = make_model(config, oracle)
+    return Case(" ".join(variant), config, oracle, model, video, label, trained=False)
 
 
 def _trained_case(workdir: str) -> Case:
@@ -225,7 +228,8 @@ def _trained_case(workdir: str) -> Case:
     oracle.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
     label = np.array([0, config.num_classes - 1])
     video = make_video(2, DEMO_FRAMES, config.image_size)
-    return Case(f"trained {workdir}", config, oracle, make_model(config, oracle), video, label)
+    model = make_model(config, oracle)
+    return Case(f"trained {workdir}", config, oracle, model, video, label, trained=True)
 
 
 def _case_id(param: str | tuple[str, ...]) -> str:
@@ -245,7 +249,18 @@ def test_forward(case):
     check(f"{case.name}: state", error(our_hidden, hidden), FORWARD_BAR)
 
 
+def error_per_clip(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Each clip's largest difference, averaged over the clips, relative to the largest value."""
+    difference = np.abs(ours.astype(np.float64) - theirs).max(axis=-1)
+    return float(difference.mean() / np.abs(theirs).max())
+
+
 def test_sharpened_attention_is_as_exact_as_pytorch(case):
+    """Where rounding grows, ours may not grow further than PyTorch's.
+
+    How far it grows differs from clip to clip by orders of magnitude, most in trained weights, so
+    that those are judged over more clips than the rest of these tests needs.
+    """
     sharpened = TorchRViT(case.config).eval()
     weights = {
         name: tensor * (4.0 if ".to_qkv" in name and name.endswith(".weight") else 1.0)
@@ -254,14 +269,17 @@ def test_sharpened_attention_is_as_exact_as_pytorch(case):
     sharpened.load_state_dict(weights)
     in_float64 = TorchRViT(case.config).double().eval()
     in_float64.load_state_dict(weights)
-    exact, _ = run_oracle(in_float64, case.video)
-    theirs, _ = run_oracle(sharpened, case.video)
+    num_clips = TRAINED_SHARPENED_CLIPS if case.trained else len(case.video)
+    video = make_video(num_clips, DEMO_FRAMES, case.config.image_size, seed=5)
+    exact, _ = run_oracle(in_float64, video)
+    theirs, _ = run_oracle(sharpened, video)
     model = nnx.clone(case.model)
     mapping.load_into(model, mapping.to_flax(arrays(weights), case.config))
-    ours, _ = run_model(model, case.video)
-    print(f"parity: {case.name}: sharpened, PyTorch against float64: {error(theirs, exact):.1e}")
-    bar = SHARPENED_FACTOR * error(theirs, exact)
-    check(f"{case.name}: sharpened, ours against float64", error(ours, exact), bar)
+    ours = np.asarray(run_model(model, video)[0])
+    their_error = error_per_clip(theirs, exact)
+    print(f"parity: {case.name}: sharpened, PyTorch against float64: {their_error:.1e}")
+    bar = SHARPENED_FACTOR * their_error
+    check(f"{case.name}: sharpened, ours against float64", error_per_clip(ours, exact), bar)
 
 
 def oracle_gradients(
