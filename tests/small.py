@@ -1,12 +1,16 @@
 """Small configs and models for the tests."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from flax import nnx
 from ml_collections import ConfigDict
 
 import rvit_jax
 from configs import base
+from rvit_jax.checkpoint import describe_model, write_json
 
 
 def small_config(**model) -> ConfigDict:
@@ -31,3 +35,15 @@ def random_video(num_clips: int, num_frames: int, side: int = 16, *, seed: int =
     shape = (num_clips, num_frames, side, side, 3)
     video = np.random.default_rng(seed).uniform(-1.0, 1.0, shape)
     return jax.numpy.asarray(video, jax.numpy.float32)
+
+
+def saved_model(folder: Path, *, seed: int = 0, **model) -> Path:
+    """A checkpoint folder with a small untrained model, as `rvit_jax.load` takes it."""
+    config = small_config(**model)
+    config.dataset.num_frames = 6
+    built = small_model(seed=seed, **model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute() / "params", nnx.to_pure_dict(nnx.state(built)))
+    names = [f"class {index}" for index in range(config.model.num_classes)]
+    write_json(folder / "model.json", {**describe_model(config, names), "step": 0, "metrics": None})
+    return folder

@@ -322,6 +322,7 @@ def test_archives_at_full_size(tmp_path, case, how):
     if isinstance(case, str):
         loaded = rvit_jax.load(case)
         config = loaded.config.model
+        config.block_dropout_rate = get_config().model.block_dropout_rate  # no file tells it
         weights = mapping.to_torch(mapping.flatten(loaded.model.module), config)
         module = TorchRViT(config).eval()
         module.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})

@@ -1,0 +1,501 @@
+"""Streaming prediction: python -m rvit_jax.predict --checkpoint=results/gestures --input=FILE
+
+Reads videos frame by frame and answers after every frame: a video file, a folder of images, a
+camera (camera:0) or raw frames on standard input (-). Several inputs go through the model as one
+batch. Frames are taken at the rate that the model was trained on. Memory does not grow.
+
+Exit status: 0 done; 1 the work failed; 2 wrong arguments; 128 + n after signal n, with the result
+so far.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from input_pipeline.video import Frame, RateSampler, Video, open_video
+
+DEFAULT_FRAME_RATE = 12.0  # of Jester's videos and of the generated ones
+TIMED_FRAMES = 10_000  # the latest so many are what the percentiles are of
+BAR_WIDTH = 30
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m rvit_jax.predict",
+        description="Reads videos frame by frame and answers after every frame.",
+    )
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        required=True,
+        metavar="DIR",
+        help="a workdir (its best checkpoint), one checkpoint folder or a converted model",
+    )
+    add(
+        "--input",
+        required=True,
+        action="append",
+        metavar="FILE|FOLDER|camera:N|-",
+        help="a video; -: raw RGB frames on standard input. Given again: one more stream, in the "
+        "same batch",
+    )
+    add("--top_k", type=_number(int, 1), default=5, metavar="N", help="classes to show")
+    add(
+        "--every",
+        type=_number(int, 1),
+        default=1,
+        metavar="N",
+        help="report every N-th frame that the model reads",
+    )
+    add("--json", action="store_true", help="one JSON line per report, and one for the result")
+    add("--events", action="store_true", help="report classes with their begin and end")
+    add(
+        "--save",
+        type=Path,
+        metavar="OUT.mp4",
+        help="write the film with its answers, and OUT.png with their probability over time",
+    )
+    add("--frame_size", type=_frame_size, metavar="WxH", help="of raw frames, in pixels")
+    add(
+        "--frame_rate",
+        type=_number(float, 1e-3),
+        metavar="FPS",
+        help="of the input, if it does not say (folders, raw frames) or says wrongly",
+    )
+    add(
+        "--window",
+        type=_number(int, 0),
+        metavar="N",
+        help="frames that a state may see before it begins anew; 0: no end, the raw recurrence. "
+        "By default the training clips' length for a camera and -, else 0",
+    )
+    add(
+        "--states",
+        type=_number(int, 1),
+        metavar="R",
+        help="states that begin in turn within a window; by default one per frame, at most 16",
+    )
+    add(
+        "--decay",
+        type=_number(float, 1e-6),
+        default=1.0,
+        metavar="F",
+        help="forget: the state shrinks towards the initial one by this factor at every frame",
+    )
+    add(
+        "--state",
+        type=Path,
+        metavar="FILE",
+        help="go on from the state in FILE, if it exists, and write it there at the end",
+    )
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _number(kind: type, least: int | float) -> Callable[[str], int | float]:
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 1e9:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from {least:g}")
+        return value
+
+    return parse
+
+
+def _frame_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if not match or not int(match[1]) or not int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT, as in 176x100")
+    return int(match[1]), int(match[2])
+
+
+class _Stopped(Exception):  # noqa: N818  no error
+    """A signal came."""
+
+
+class _Signals:
+    """Remembers SIGINT and SIGTERM; interrupts only where the program waits for a frame.
+
+    A second one leaves at once.
+    """
+
+    def __init__(self):
+        self.signum = 0
+        self._waiting = False
+
+    def __enter__(self) -> "_Signals":
+        self._before = {n: signal.signal(n, self._take) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _take(self, signum: int, _frame: object) -> None:
+        if self.signum:
+            os._exit(128 + signum)
+        self.signum = signum
+        if self._waiting:
+            raise _Stopped
+
+    def next(self, frames: Iterator[Frame]) -> Frame | None:
+        """The next frame; None at the end."""
+        if self.signum:
+            raise _Stopped
+        self._waiting = True
+        try:
+            return next(frames, None)
+        finally:
+            self._waiting = False
+
+
+@dataclasses.dataclass
+class _Stream:
+    """One input on its way through the model."""
+
+    video: Video
+    frames: Iterator[Frame]
+    sampler: RateSampler
+    default_rate: float  # to tell the time of a video that cannot
+    film: Any  # annotate.Film | None
+    curves: Any  # annotate.Curves | None
+    events: Any  # events.EventDetector | None
+    active: bool = True
+    num_frames: int = 0
+    num_steps: int = 0
+    frame: Frame | None = None  # the last one read
+    probabilities: np.ndarray | None = None  # [K], after the last frame that the model read
+
+    def time_of(self, frame: Frame) -> float:
+        """Seconds since the first frame."""
+        return frame.index / self.default_rate if frame.time_s is None else frame.time_s
+
+
+class _Report:
+    """Everything that is said on standard output."""
+
+    def __init__(self, args: argparse.Namespace, class_names: tuple[str, ...]):
+        self._json, self._top_k = args.json, args.top_k
+        self._names = class_names
+        self._several = len(args.input) > 1
+        self._redraw = sys.stdout.isatty() and not args.json
+        self._lines = 0  # of the block that the next one is drawn over
+
+    def top(self, probabilities: np.ndarray) -> list[tuple[str, float]]:
+        """Class names and probabilities, best first."""
+        order = np.argsort(-probabilities, kind="stable")[: self._top_k]
+        return [(self._names[index], float(probabilities[index])) for index in order]
+
+    def answers(self, streams: list[_Stream]) -> None:
+        """What the streams' last frames showed."""
+        lines = []
+        for stream in streams:
+            time_s, top = stream.time_of(stream.frame), self.top(stream.probabilities)
+            if self._json:
+                self._print_json(
+                    stream, {"frame": stream.frame.index, "time_s": round(time_s, 3), "top": top}
+                )
+            elif self._redraw:
+                lines += self._bars(stream, time_s, top)
+            else:
+                words = "  ".join(f"{name} {100 * p:.0f} %" for name, p in top)
+                lines.append(f"{time_s:9.2f} s  {self._label(stream)}{words}")
+        if self._redraw:
+            up = f"\x1b[{self._lines}A" if self._lines else ""
+            print(up + "".join(f"\x1b[2K{line}\n" for line in lines), end="", flush=True)
+            self._lines = len(lines)
+        elif lines:
+            print("\n".join(lines), flush=True)
+
+    def _bars(self, stream: _Stream, time_s: float, top: list[tuple[str, float]]) -> list[str]:
+        widest = max(len(name) for name in self._names)
+        lines = [f"{self._label(stream)}frame {stream.frame.index}, {time_s:.2f} s"]
+        for name, probability in top:
+            eighths = round(8 * BAR_WIDTH * probability)
+            bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+            lines.append(f"  {name:{widest}} {100 * probability:5.1f} % {bar}")
+        return lines
+
+    def event(self, stream: _Stream, event: Any) -> None:
+        """Something that happened, once it is over."""
+        self._lines = 0
+        if self._json:
+            values = dataclasses.asdict(event)
+            name = values.pop("class_name")
+            rounded = {key: round(value, 4) for key, value in values.items()}
+            self._print_json(stream, {"event": name, **rounded})
+        else:
+            print(
+                f"event: {self._label(stream)}{event.class_name} from {event.start_s:.2f} s to "
+                f"{event.end_s:.2f} s ({100 * event.confidence:.0f} %)",
+                flush=True,
+            )
+
+    def result(self, stream: _Stream, milliseconds: list[float]) -> None:
+        """The answer after the last frame."""
+        best, probability = self.top(stream.probabilities)[0]
+        p50, p95 = np.percentile(milliseconds, [50, 95])
+        if self._json:
+            record = {
+                "result": best,
+                "probability": probability,
+                "num_frames": stream.num_frames,
+                "num_steps": stream.num_steps,
+                "ms_per_frame_p50": round(float(p50), 3),
+                "ms_per_frame_p95": round(float(p95), 3),
+            }
+            if stream.video.live:
+                record["num_dropped"] = stream.video.dropped
+            self._print_json(stream, record)
+            return
+        dropped = f", {stream.video.dropped} dropped" if stream.video.live else ""
+        print(
+            f"result: {self._label(stream)}{best} {100 * probability:.1f} % after "
+            f"{stream.num_frames} frames, of which the model read {stream.num_steps}{dropped}; "
+            f"{p50:.1f} ms per frame read (95 %: {p95:.1f} ms)",
+            flush=True,
+        )
+
+    def _label(self, stream: _Stream) -> str:
+        return f"{stream.video.name}: " if self._several else ""
+
+    def _print_json(self, stream: _Stream, record: dict[str, Any]) -> None:
+        source = {"input": stream.video.name} if self._several else {}
+        print(json.dumps(source | record), flush=True)
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Reads all inputs to their ends; returns the signal that ended them before, or 0.
+
+    Raises:
+        OSError: a file is missing or cannot be read or written.
+        ValueError: an input, the checkpoint or a value cannot be used.
+    """
+    if args.input.count("-") > 1:
+        raise ValueError("standard input (-) can be one input only")
+    for path in (args.save, args.state):
+        if path is not None:
+            _check_folder_of(path)
+    with contextlib.ExitStack() as stack:
+        videos = [
+            stack.enter_context(
+                open_video(name, frame_rate=args.frame_rate, frame_size=args.frame_size)
+            )
+            for name in args.input
+        ]
+        import rvit_jax  # only now: a wrong name is said at once
+        from rvit_jax.streaming import Streams
+
+        loaded = rvit_jax.load(args.checkpoint)
+        dataset = loaded.config.dataset
+        if dataset.frame_packing == "channel_planes":
+            raise ValueError(
+                f"{args.checkpoint} was trained with dataset.frame_packing=channel_planes: its "
+                "frames hold colours of other moments, and cannot be had one at a time; use "
+                "python -m rvit_jax.main --mode=evaluate"
+            )
+        endless = any(
+            video.live or name == "-" for video, name in zip(videos, args.input, strict=True)
+        )
+        window = args.window
+        if window is None:
+            window = dataset.num_frames if endless else 0
+        states = Streams(
+            loaded.model, len(videos), window=window, num_states=args.states, decay=args.decay
+        )
+        if args.state is not None and args.state.expanduser().exists():
+            states.restore(args.state)
+        streams = [
+            _open_stream(stack, args, video, index, loaded) for index, video in enumerate(videos)
+        ]
+        side = loaded.config.model.image_size
+        states.compile((side, side))
+        report = _Report(args, loaded.class_names)
+        signals = stack.enter_context(_Signals())
+        milliseconds: deque[float] = deque(maxlen=TIMED_FRAMES)
+        with contextlib.suppress(_Stopped):
+            _run(args, streams, states, report, signals, side, milliseconds)
+        _finish(args, streams, states, report, list(milliseconds))
+        return signals.signum
+
+
+def _open_stream(
+    stack: contextlib.ExitStack, args: argparse.Namespace, video: Video, index: int, loaded: Any
+) -> _Stream:
+    from rvit_jax.annotate import Curves, Film
+    from rvit_jax.events import EventDetector
+
+    dataset = loaded.config.dataset
+    rate = float(dataset.get("frame_rate") or DEFAULT_FRAME_RATE)
+    if video.frame_rate is not None and video.frame_rate < 0.9 * rate / dataset.frame_stride:
+        _warn(
+            f"{video.name} has {video.frame_rate:g} frames per second, the model was trained on "
+            f"{rate / dataset.frame_stride:g}: movements look faster to it than they are"
+        )
+    film = None
+    if args.save is not None:
+        film = Film(_numbered(args.save, index, len(args.input)), video.frame_rate or rate)
+        stack.callback(film.close)
+    return _Stream(
+        video,
+        iter(video),
+        RateSampler(video.frame_rate, rate, dataset.frame_stride),
+        video.frame_rate or rate,
+        film,
+        Curves(loaded.class_names) if args.save is not None else None,
+        EventDetector(loaded.class_names) if args.events else None,
+    )
+
+
+def _check_folder_of(path: Path) -> None:
+    """Raises OSError unless a file can be put there: better now than after an hour."""
+    folder = path.expanduser().absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {folder} may not be written")
+
+
+def _numbered(path: Path, index: int, count: int) -> Path:
+    """OUT.mp4, or OUT_1.mp4, OUT_2.mp4, ... for several inputs."""
+    return path if count == 1 else path.with_name(f"{path.stem}_{index + 1}{path.suffix}")
+
+
+def _run(
+    args: argparse.Namespace,
+    streams: list[_Stream],
+    states: Any,
+    report: _Report,
+    signals: _Signals,
+    side: int,
+    milliseconds: deque,
+) -> None:
+    """The loop: the next frame of each stream that the model should see, one step, the answers."""
+    from input_pipeline.transforms import resize_array
+
+    batch = np.zeros((len(streams), side, side, 3), np.uint8)
+    while True:
+        due = [_next_due(stream, report, signals) for stream in streams]
+        if not any(due):
+            return
+        start = time.perf_counter()
+        for row, stream in enumerate(streams):
+            if due[row]:
+                batch[row] = resize_array(stream.frame.image, side)
+        probabilities = states.step(batch, np.array(due))
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+        answered = [stream for stream, is_due in zip(streams, due, strict=True) if is_due]
+        for row, stream in enumerate(streams):
+            if due[row]:
+                _take_answer(stream, probabilities[row], report)
+        to_report = [s for s in answered if (s.num_steps - 1) % args.every == 0]
+        if to_report:
+            report.answers(to_report)
+
+
+def _next_due(stream: _Stream, report: _Report, signals: _Signals) -> bool:
+    """Reads on to the next frame that the model should see; False at the end."""
+    while stream.active:
+        frame = signals.next(stream.frames)
+        if frame is None:
+            stream.active = False
+            return False
+        stream.frame = frame
+        stream.num_frames += 1
+        if stream.sampler.take(frame):
+            return True
+        _add_to_film(stream, report)
+    return False
+
+
+def _take_answer(stream: _Stream, probabilities: np.ndarray, report: _Report) -> None:
+    stream.num_steps += 1
+    stream.probabilities = probabilities
+    time_s = stream.time_of(stream.frame)
+    _add_to_film(stream, report)
+    if stream.curves is not None:
+        stream.curves.add(time_s, probabilities)
+    if stream.events is not None:
+        event = stream.events.update(time_s, probabilities)
+        if event is not None:
+            report.event(stream, event)
+
+
+def _add_to_film(stream: _Stream, report: _Report) -> None:
+    if stream.film is not None:
+        from rvit_jax.annotate import draw_answer
+
+        caption = f"{stream.time_of(stream.frame):.2f} s"
+        top = report.top(stream.probabilities)
+        stream.film.add(draw_answer(stream.frame.image, top, caption))
+
+
+def _finish(
+    args: argparse.Namespace,
+    streams: list[_Stream],
+    states: Any,
+    report: _Report,
+    milliseconds: list[float],
+) -> None:
+    """What is known at the end: open events, results, the state, the pictures."""
+    if args.state is not None:
+        states.save(args.state)
+    for index, stream in enumerate(streams):
+        if stream.probabilities is None:  # stopped before its first frame
+            continue
+        if stream.events is not None and (event := stream.events.finish()) is not None:
+            report.event(stream, event)
+        if stream.video.problem:
+            _warn(f"{stream.video.name}: {stream.video.problem}")
+        report.result(stream, milliseconds)
+        if stream.film is not None:
+            film = _numbered(args.save, index, len(streams))
+            picture = film.with_suffix(".png")
+            stream.film.close()
+            stream.curves.draw(picture, Path(stream.video.name).name)
+            print(f"written to {film} and {picture}", file=sys.stderr)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        signum = predict(args)
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # before the first frame
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if args.debug:
+            traceback.print_exc()
+        known = isinstance(error, ValueError | OSError)
+        message = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+    return 128 + signum if signum else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
