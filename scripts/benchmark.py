@@ -56,8 +56,9 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from input_pipeline.cpus import num_cpus
 from rvit_jax.checkpoint import check_writable, write_json
-from rvit_jax.config import check_config, suggest
+from rvit_jax.config import check_config, leaf_keys, suggest
 
+DEFAULT_CONFIG = "configs/jester.py"
 QUICK_FRAMES = 12  # of a clip, with --quick
 
 
@@ -150,7 +151,7 @@ def parse_choices(text: Sequence[str], choices: Iterable[str], flag: str) -> tup
 def define_flags() -> None:
     """Not at import: absl's flags are one set for the whole process, tests included."""
     config_flags.DEFINE_config_file(
-        "config", "configs/jester.py", "Config file, and a variant after a colon"
+        "config", None, f"Config file, and a variant after a colon; default: {DEFAULT_CONFIG}."
     )
     flags.DEFINE_list("what", list(SECTIONS), f"Sections, out of {', '.join(SECTIONS)}.")
     flags.DEFINE_alias("sections", "what")
@@ -191,6 +192,17 @@ def settings_from_flags(args: flags.FlagValues) -> Settings:
 
 def parse(argv: list[str]) -> list[str]:
     """absl's parsing, with errors of one line and status 2."""
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
+    if "config" not in names:
+        argv = [
+            argv[0],
+            f"--config={Path(__file__).resolve().parents[1] / DEFAULT_CONFIG}",
+            *argv[1:],
+        ]
+    known = leaf_keys(base.get_config())
+    for key in (name.removeprefix("config.") for name in names if name.startswith("config.")):
+        if key not in known:
+            sys.exit(_fail(f"the config has no key {key!r}{suggest(key, known)}", 2))
     try:
         rest = flags.FLAGS(argv)
     except Exception as error:  # a config file may raise anything
@@ -212,14 +224,15 @@ def _stop(signum: int, _: Any) -> None:
 def main(_: list[str]) -> None:
     """Checks the arguments, measures, prints the table."""
     args = flags.FLAGS
-    folder, config = Path(args.output).expanduser(), args.config
+    folder = Path(args.output).expanduser()
     try:
+        config = args.config
         sections = parse_choices(args.what, SECTIONS, "what")
         settings = settings_from_flags(args)
         check_config(config, base.get_config())
-        if config.optimizer.name != "adamw":
-            raise ValueError("config.optimizer.name: the training step is measured with 'adamw'")
-    except ValueError as error:
+        if config.optimizer.name != "adamw" or config.optimizer.frozen:
+            raise ValueError("config.optimizer: the comparison is of 'adamw' on every parameter")
+    except (ValueError, OSError) as error:
         sys.exit(_fail(str(error), 2))
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _stop)

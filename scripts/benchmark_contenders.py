@@ -172,7 +172,8 @@ def capture(function: Run) -> tuple[torch.cuda.CUDAGraph, Any]:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # JAX has threads of its own, which may allocate meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = function()
     return graph, outputs
 
@@ -245,7 +246,7 @@ def inference(config: ConfigDict, settings: Settings, video: np.ndarray, dtype: 
 
 
 def our_train_step(config: ConfigDict, sharding: Any = None) -> tuple[Callable, steps.TrainState]:
-    """The training step, to be compiled at its first call, and the state of step 0."""
+    """The training step, not compiled, and the state of step 0."""
     schedule = optax.constant_schedule(config.optimizer.learning_rate)
     adamw = optimizer.make_optimizer(config.optimizer, schedule)
     graphdef, state = steps.create_train_state(make_model(config, sharding=sharding), adamw)
@@ -254,13 +255,14 @@ def our_train_step(config: ConfigDict, sharding: Any = None) -> tuple[Callable, 
     train_step = steps.make_train_step(
         graphdef, adamw, losses.make_loss(config.loss), seed=config.seed, ragged=False
     )
-    return jax.jit(train_step, donate_argnums=0), state
+    return train_step, state
 
 
 def jax_training(config: ConfigDict, batch: Batch, placed: Any = (None, None)) -> Run:
     """A step on a batch that lies on the device; returns the sums of `steps`, loss among them."""
     over_batch, replicated = placed
     train_step, state = our_train_step(config, replicated)
+    train_step = jax.jit(train_step, donate_argnums=0)
     batch = jax.device_put(batch, over_batch)
 
     def run() -> dict[str, jax.Array]:
@@ -448,10 +450,16 @@ def compile_training(config: ConfigDict, batch: Batch) -> tuple[jax.stages.Compi
     """Our training step, compiled for this batch, and a call of it."""
     batch = jax.device_put(batch)
     train_step, state = our_train_step(config)
-    compiled = train_step.lower(state, batch).compile()
+    leaves, treedef = jax.tree.flatten(state)
+
+    def update(leaves: list[jax.Array], batch: dict[str, jax.Array]) -> list[jax.Array]:
+        state, _ = train_step(jax.tree.unflatten(treedef, leaves), batch)
+        return jax.tree.leaves(state)
+
+    compiled = jax.jit(update, donate_argnums=0).lower(leaves, batch).compile()
 
     def run() -> None:
-        nonlocal state
-        state, _ = jax.block_until_ready(compiled(state, batch))
+        nonlocal leaves
+        leaves = jax.block_until_ready(compiled(leaves, batch))
 
     return compiled, run

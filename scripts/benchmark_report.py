@@ -192,7 +192,8 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
             ]
             for point in row["points"]
         ]
-        parts += [_markdown(header, body), f"fitted exponent {row['exponent']:.3f}"]
+        exponents = f"{row['exponent']:.3f} (of the operations: {row['flops_exponent']:.3f})"
+        parts += [_markdown(header, body), f"fitted exponent {exponents}"]
     return parts
 
 
@@ -252,12 +253,12 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
     sections = report["sections"]
     bars = _bars(sections)
     if bars:
-        figure = Figure(figsize=(7, 1 + 0.3 * len(bars)), layout="constrained")
+        figure = Figure(figsize=(8, 1 + 0.3 * len(bars)), layout="constrained")
         axes = figure.subplots()
         labels, values, errors = zip(*bars[::-1], strict=True)
         axes.barh(labels, values, xerr=np.transpose(errors), color="tab:blue", ecolor="gray")
         axes.axvline(1.0, color="black", linewidth=1)
-        axes.set_xlabel(f"times as fast as PyTorch ({OURS}; paired median and quartiles)")
+        axes.set_xlabel("their time over ours")
         drawn.append(folder / "speedups.png")
         figure.savefig(drawn[-1], dpi=120)
     if sections.get("scaling"):
@@ -266,6 +267,10 @@ def plot(report: dict[str, Any], folder: Path) -> list[Path]:
         for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
             values = [point[row["over"]] for point in row["points"]]
             axes.loglog(values, [1e3 * point["median_s"] for point in row["points"]], "o-")
+            axes.set_xticks(values, [str(value) for value in values])
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
             axes.set_xlabel(row["over"])
             axes.set_ylabel(f"{row['what']}, ms")
             axes.set_title(f"exponent {row['exponent']:.2f}", fontsize=10)
@@ -281,8 +286,8 @@ def _bars(sections: dict[str, list[Row]]) -> list[tuple[str, float, tuple[float,
         for row in sections.get(section, ()):
             for ours, against in row["speedups"].items():
                 for name, figures in against.items():
-                    label = f"{section} B={row.get('batch_size', 1)} {row['dtype']}: {name}"
-                    label += ours.removeprefix(OURS)
+                    variant = ours.removeprefix(OURS)
+                    label = f"{section}, B = {row['batch_size']}, {row['dtype']}{variant}: {name}"
                     median = figures["paired_median"]
                     below = median - figures["paired_quartile_1"]
                     bars.append((label, median, (below, figures["paired_quartile_3"] - median)))

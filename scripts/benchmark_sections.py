@@ -41,6 +41,14 @@ MIN_ROUNDS = 3
 MIN_TURN_S = 0.1  # faster calls are repeated within a turn
 PAUSE_S = 0.02  # before each turn: threads of the one before stop waiting for more work
 STREAM_WARM_UP = 3  # frames at the start of each clip that are not counted
+MATRIX_SIZES = {"cpu": 2048, "cuda": 8192}  # rows and columns of the product that sets the peak
+BATCH_SIZES = (1, 4, 8)  # of inference; the first two with --quick
+SCALING_SIZES: dict[tuple[str, str], tuple[int, ...]] = {
+    ("inference", "num_frames"): (8, 18, 36, 72, 144, 288),
+    ("inference", "batch_size"): (1, 2, 4, 8),
+    ("inference", "num_layers"): (2, 4, 8, 12),
+    ("training", "num_frames"): (8, 36, 288),
+}
 
 
 def configure(settings: Settings) -> None:
@@ -95,7 +103,8 @@ def build(name: str, make: Callable[[], Run]) -> Contender:
 
 def build_all(makers: sides.Makers) -> tuple[list[Contender], dict[str, str]]:
     """The contenders, and why those are missing that failed; ours and eager must not."""
-    torch.compiler.reset()  # or another batch size would make torch.compile's code more general
+    if "torch.compile" in makers:
+        torch.compiler.reset()  # forgets other batch sizes, which would make its code more general
     contenders, failed = [], {}
     for name, make in makers.items():
         if name.startswith("torch.compile"):
@@ -231,7 +240,7 @@ def measure_inference(config: ConfigDict, settings: Settings) -> Iterator[Row]:
     """Whole clips at several batch sizes."""
     for dtype in settings.dtypes:
         peak = matrix_peak(dtype)
-        for batch_size in (1, 4) if settings.quick else (1, 4, 8):
+        for batch_size in BATCH_SIZES[:2] if settings.quick else BATCH_SIZES:
             yield inference_row(config, settings, batch_size, dtype, peak)
 
 
@@ -262,7 +271,7 @@ def inference_row(
 def matrix_peak(dtype: str) -> float:
     """FLOP/s of the faster framework in one large matrix product, the best of several."""
     device = sides.torch_device()
-    size = 8192 if device.type == "cuda" else 2048
+    size = MATRIX_SIZES[device.type]
     random = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     ours = jnp.asarray(random, dtype)
     theirs = torch.from_numpy(random).to(device, DTYPES[dtype])
@@ -406,15 +415,15 @@ def step_flops(config: ConfigDict, dtype: str) -> dict[str, float | None]:
 
 
 def measure_scaling(config: ConfigDict, settings: Settings) -> Iterator[Row]:
-    """Our model over one size at a time, float32; the others are B = 1 and the config's T, L."""
-    quick = settings.quick
-    sizes = {
-        ("inference", "num_frames"): (8, 36) if quick else (8, 18, 36, 72, 144, 288),
-        ("inference", "batch_size"): (1, 4) if quick else (1, 2, 4, 8),
-        ("inference", "num_layers"): (2, 4) if quick else (2, 4, 8, 12),
-        ("training", "num_frames"): (8, 36) if quick else (8, 36, 288),
-    }
-    for (what, over), values in sizes.items():
+    """Our model over one size at a time, float32; the others are B = 1 and the config's T, L.
+
+    The operations themselves grow faster than L: of the last layer's MLP most is not needed.
+    """
+    for (what, over), values in SCALING_SIZES.items():
+        if settings.quick:
+            if what == "training":
+                continue
+            values = values[:2]
         title = f"scaling, {what} over {over}"
         points, contenders = {}, []
         for value in progress(values, f"{title}: compiling"):
@@ -423,15 +432,23 @@ def measure_scaling(config: ConfigDict, settings: Settings) -> Iterator[Row]:
                 scaled.model.num_layers = value
             elif over == "num_frames":
                 scaled.dataset.num_frames = value
-            figures, run = compile_one(scaled, what, value if over == "batch_size" else 1)
-            points[str(value)] = {over: value, **figures}
+            batch_size = value if over == "batch_size" else 1
+            figures, run = compile_one(scaled, what, batch_size)
+            flops = flops_per_frame(scaled.model)["needed"] * scaled.dataset.num_frames * batch_size
+            points[str(value)] = {over: value, "forward_flops": flops, **figures}
             contenders.append(build(str(value), lambda run=run: run))
         rounds = medians(measure(contenders, settings, title, seed=config.seed))
         for value, seconds in rounds.items():
             points[value].update(spread(seconds))
-        typical = [point["median_s"] for point in points.values()]
-        exponent = fitted_exponent(values, typical)
-        yield {"what": what, "over": over, "points": list(points.values()), "exponent": exponent}
+        yield {
+            "what": what,
+            "over": over,
+            "points": list(points.values()),
+            "exponent": fitted_exponent(values, [p["median_s"] for p in points.values()]),
+            "flops_exponent": fitted_exponent(
+                values, [p["forward_flops"] for p in points.values()]
+            ),
+        }
 
 
 def compile_one(config: ConfigDict, what: str, batch_size: int) -> tuple[Row, Run]:
@@ -458,7 +475,8 @@ def compile_one(config: ConfigDict, what: str, batch_size: int) -> tuple[Row, Ru
 def measure_memory(config: ConfigDict, settings: Settings) -> Iterator[Row]:
     """Peaks of processes of their own, each of which runs one implementation at B = 4."""
     context = multiprocessing.get_context("spawn")
-    cases = [(what, side) for what in ("inference", "training") for side in (OURS, EAGER)]
+    work = ("inference",) if settings.quick else ("inference", "training")
+    cases = [(what, side) for what in work for side in (OURS, EAGER)]
     for what, side in progress(cases, "memory"):
         ignore = (signal.SIGINT, signal.SIG_IGN)  # what Ctrl-C means, this process decides
         with ProcessPoolExecutor(1, context, signal.signal, ignore) as pool:

@@ -86,7 +86,8 @@ def after_idling(
     """
     sources = [idle_frames(idle, np.random.default_rng([seed, i])) for i in range(len(steps))]
     blank = np.zeros_like(idle.video[0, 0])
-    for t in tqdm(range(max(steps)), desc=what, unit="frame"):
+    interval = 0.5 if sys.stderr.isatty() else 30.0
+    for t in tqdm(range(max(steps)), desc=what, unit="frame", mininterval=interval):
         active = np.array([t < limit for limit in steps])
         frames = [next(s) if a else blank for s, a in zip(sources, active, strict=True)]
         streams.step(np.stack(frames), active)
