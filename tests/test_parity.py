@@ -515,6 +515,10 @@ def test_training(attention, head, num_steps, double):
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize(("attention", "head", "num_steps", "double"), _TRAINING_CASES)
 def test_training_of_the_demo(attention, head, num_steps, double, readout):
+    if (attention, head, readout) == ("reattention", "mlp", "class_and_hidden_tokens"):
+        # Chaotic (the loss begins near 200): PyTorch against itself, its float64 weights changed by
+        # 1e-15, differs by 5e-10 after 20 steps and by 4e-5 after 50.
+        num_steps = 20
     config = demo_model(attention, readout, head)
     check_training(config, num_steps=num_steps, num_frames=12, double=double)
 

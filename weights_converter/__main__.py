@@ -5,6 +5,7 @@ signal n. Nothing of JAX or PyTorch is imported before the file was read and fou
 """
 
 import argparse
+import contextlib
 import functools
 import signal
 import sys
@@ -127,6 +128,8 @@ def _inspect(args: argparse.Namespace) -> int:
 def _to_flax(args: argparse.Namespace) -> int:
     from weights_converter import convert
 
+    if args.prove:
+        _share_cpus()
     class_names = None
     if args.class_names is not None:
         lines = args.class_names.read_text(encoding="utf-8-sig").splitlines()
@@ -152,12 +155,22 @@ def _to_torch(args: argparse.Namespace) -> int:
     return 0
 
 
+def _share_cpus() -> None:
+    """PyTorch runs beside JAX and a child process; that it is missing is said elsewhere."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from weights_converter import run_archive
+
+        run_archive.share_cpus()
+
+
 def _verify(args: argparse.Namespace) -> int:
     from weights_converter import archive
 
     source = archive.read(args.file)
     try:
         from weights_converter import verify
+
+        _share_cpus()
     except ModuleNotFoundError as error:
         raise ValueError(f"verify needs PyTorch, which is not installed: {error}") from error
 

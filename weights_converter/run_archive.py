@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from input_pipeline.cpus import num_cpus
+
 SEED = 0  # of the clips
 ROOTS = ("pos_embedding", "_cls", "_seq")  # the reference's parameters outside any submodule
 
@@ -146,9 +148,15 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def share_cpus() -> None:
+    """Gives PyTorch half the CPUs: its threads wait busily, in the way of whatever else runs."""
+    torch.set_num_threads(max(1, num_cpus() // 2))
+
+
 def main(file: str, request_file: str, out: str) -> None:
     """Loads the file, does what the request asks, writes the result."""
     end_with_parent()
+    share_cpus()
     folder = Path(out)
     request = json.loads(Path(request_file).read_text())
     result: dict[str, Any]
