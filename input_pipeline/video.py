@@ -8,18 +8,20 @@ be endless. A frame's time is the source's own where it has one: frames are chos
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+CAMERA_PATIENCE_S = 5.0
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
@@ -30,7 +32,7 @@ class Frame:
     Attributes:
         index: its place in the video, from 0; frames that a live source dropped are counted.
         time_s: seconds since the first frame; None where the source has neither times nor a rate.
-        image: uint8 [H, W, 3], RGB, upright.
+        image: uint8 [H, W, 3], RGB; films upright, images as they are stored, as in training.
     """
 
     index: int
@@ -117,11 +119,15 @@ def open_video(
     if source == "-":
         if frame_size is None:
             raise ValueError("raw frames on standard input need --frame_size=WIDTHxHEIGHT")
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         return RawVideo(sys.stdin.buffer, frame_size, frame_rate)
     camera = re.fullmatch(r"camera:(\d{1,4})", source)
     if camera:
         return Camera(int(camera[1]), frame_rate)
-    path = Path(source).expanduser()
+    if not source:
+        raise ValueError("an input has no name")
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return ImageFolder(path, frame_rate)
     if not path.exists():
@@ -142,29 +148,39 @@ class VideoFile(Video):
 
     def __init__(self, path: Path, frame_rate: float | None = None):
         import av
+        from av.stream import Disposition
 
         av.logging.set_level(av.logging.PANIC)  # its lines name no file; `problem` does
         try:
-            self._container = av.open(str(path))
+            # A file, whatever its name looks like: no protocol, no pattern of many files.
+            options = {"pattern_type": "none"}
+            self._container = av.open(f"file:{path}", options=options)
         except (av.FFmpegError, OSError, ValueError) as error:
             reason = "the file is empty" if path.stat().st_size == 0 else _reason(error)
             raise ValueError(
                 f"{path} cannot be read as a video: {reason}; expected a whole video file that "
                 "FFmpeg can decode, a folder of images, camera:N or -"
             ) from error
-        if not self._container.streams.video:
+        films = [
+            stream
+            for stream in self._container.streams.video
+            if not stream.disposition & Disposition.attached_pic  # a record's cover
+        ]
+        if not films:
             kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
             self._container.close()
-            raise ValueError(f"{path} has no picture, only {' and '.join(kinds)}")
-        self._stream = self._container.streams.video[0]
+            raise ValueError(f"{path} has no film, only {' and '.join(kinds)}, or is cut short")
+        self._stream = films[0]
         self._stream.thread_type = "AUTO"
         rate = self._stream.average_rate or self._stream.guessed_rate
         super().__init__(
             str(path), frame_rate or (float(rate) if rate else None), self._stream.frames or None
         )
-        self._own_times = frame_rate is None
-        self._start_s: float | None = None
-        self._last_s: float | None = None
+        self._counts = frame_rate is not None  # frames' own times are not to be used
+        self._start_s: float | None = None  # own time of the first frame
+        self._time_s: float | None = None  # given to the last frame
+        self._end_s = 0.0  # of the last packet, in the file's time
+        self._discarded = 0  # packets that an edit list leaves out
 
     def _frames(self) -> Iterator[Frame]:
         count, damage = 0, None
@@ -174,44 +190,58 @@ class VideoFile(Video):
                 damage = damage or error
                 if decoded is not None:
                     image = _upright(decoded.to_ndarray(format="rgb24"), decoded.rotation)
-                    yield Frame(count, self._time_of(decoded.time, count), image)
+                    yield Frame(count, self._time_of(decoded.time), image)
                     count += 1
         self.problem = self._what_is_missing(count, damage)
 
-    def _time_of(self, stamp_s: float | None, count: int) -> float | None:
-        """A frame's own time; counted from where the file has none, or they go backwards.
+    def _time_of(self, stamp_s: float | None) -> float | None:
+        """A frame's own time since the first one; counted on where that cannot be.
 
-        Frames come in the order of display. Where their times do not, as in AVI files with frames
-        that depend on later ones, they are the times of storage.
+        Frames come in the order of display. Where their times go backwards, as in AVI files with
+        frames that depend on later ones, they are the times of storage: from there on it counts.
         """
-        if stamp_s is None or (self._last_s is not None and stamp_s <= self._last_s):
-            self._own_times = False
-        if not self._own_times:
-            return self._time(count)
-        if self._start_s is None:
+        if stamp_s is not None and self._start_s is None:
             self._start_s = stamp_s
-        self._last_s = stamp_s
-        return stamp_s - self._start_s
+        own_s = None if stamp_s is None else stamp_s - self._start_s
+        last_s = self._time_s
+        if own_s is None or (last_s is not None and own_s < last_s):
+            self._counts = True
+        if not self._counts:
+            self._time_s = own_s if last_s is None or own_s > last_s else last_s + 1e-3
+        elif self.frame_rate is None:
+            return None
+        else:
+            self._time_s = 0.0 if last_s is None else last_s + 1.0 / self.frame_rate
+        return self._time_s
 
     def _what_is_missing(self, count: int, damage: str | None) -> str | None:
-        announced = self._stream.frames
+        """Of what the file announces. Formats that announce nothing (.ts, .gif) hide a loss."""
+        announced = self._stream.frames - self._discarded
         of_how_many = f" of the {announced} announced" if announced > count else ""
         if damage is not None:
             return f"damaged or cut short ({damage}): {count} frames{of_how_many} could be read"
         if announced > count:
             return f"cut short: it has {count} frames{of_how_many}"
-        missing_s = self._missing_seconds(count)
-        if self._own_times and missing_s > 0.5:
+        missing_s = (self._container.duration or 0) / 1e6 - self._end_s
+        if missing_s > 0.5:
             return f"cut short: its {count} frames end {missing_s:.1f} s before its announced end"
         return None
 
     def _packets(self) -> Iterator[tuple[object, str | None]]:
-        """Packets of the stream; at an error of the container, the reason, and the end."""
+        """Packets of the film; at an error of the container, the reason, and the end.
+
+        Sound is read along, for the file may be announced as long as that.
+        """
         import av
 
         try:
-            for packet in self._container.demux(self._stream):
-                yield packet, None
+            for packet in self._container.demux(self._stream, *self._container.streams.audio):
+                if packet.pts is not None:
+                    end = (packet.pts + (packet.duration or 0)) * packet.time_base
+                    self._end_s = max(self._end_s, float(end))
+                if packet.stream.index == self._stream.index:
+                    self._discarded += packet.is_discard
+                    yield packet, None
         except av.FFmpegError as error:
             yield None, _reason(error)
 
@@ -225,13 +255,6 @@ class VideoFile(Video):
                 yield decoded, damaged
         except av.FFmpegError as error:
             yield None, _reason(error)
-
-    def _missing_seconds(self, count: int) -> float:
-        """Between the last frame and the end that the container announces."""
-        duration, rate = self._container.duration, self.frame_rate
-        if not duration or not rate or self._container.streams.audio:
-            return 0.0
-        return duration / 1e6 - count / rate
 
     def close(self) -> None:
         """Closes the file."""
@@ -254,7 +277,13 @@ class ImageFolder(Video):
 
     def __init__(self, folder: Path, frame_rate: float | None = None):
         self._files = sorted(
-            (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES),
+            (
+                file
+                for file in folder.iterdir()
+                if file.suffix.lower() in IMAGE_SUFFIXES
+                and not file.name.startswith(".")
+                and file.is_file()
+            ),
             key=_natural,
         )
         if not self._files:
@@ -279,6 +308,8 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 def _read_image(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("its pixels have more than 8 bits; convert it first")
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the frame {file}: {error}") from error
@@ -299,8 +330,8 @@ class RawVideo(Video):
         while data := _read_up_to(self._stream, size):
             if len(data) < size:
                 self.problem = (
-                    f"ends within a frame: {len(data)} bytes after frame {index - 1}, a frame has "
-                    f"{size}; is --frame_size right?"
+                    f"ends within a frame: {len(data)} bytes after {index} whole frames, a frame "
+                    f"has {size}; is --frame_size right?"
                 )
                 return
             image = np.frombuffer(data, np.uint8).reshape(self._shape)
@@ -331,6 +362,8 @@ class Camera(Video):
         self._capture = cv2.VideoCapture(number)
         if not self._capture.isOpened():
             raise ValueError(f"camera:{number} is absent, busy or may not be opened")
+        self._stop, self._idle = threading.Event(), threading.Event()
+        self._idle.set()
         own_rate = self._capture.get(cv2.CAP_PROP_FPS)
         super().__init__(f"camera:{number}", frame_rate or (own_rate if own_rate > 0 else None))
 
@@ -339,22 +372,28 @@ class Camera(Video):
 
     def _captured(self) -> Iterator[Frame]:
         start, index = None, 0
-        while True:
-            there, image = self._capture.read()
-            if not there:
-                self.problem = "the camera gives no more frames"
-                return
-            now = time.monotonic()
-            start = now if start is None else start
-            yield Frame(index, now - start, np.ascontiguousarray(image[..., ::-1]))
-            index += 1
+        self._idle.clear()
+        try:
+            while not self._stop.is_set():
+                there, image = self._capture.read()
+                if not there:
+                    self.problem = "the camera gives no more frames"
+                    return
+                now = time.monotonic()
+                start = now if start is None else start
+                yield Frame(index, now - start, np.ascontiguousarray(image[..., ::-1]))
+                index += 1
+        finally:
+            self._idle.set()
 
     def close(self) -> None:
-        """Gives the camera back."""
-        self._capture.release()
+        """Gives the camera back, once the thread that reads it has stopped."""
+        self._stop.set()
+        if self._idle.wait(CAMERA_PATIENCE_S):  # released under a read, OpenCV may crash
+            self._capture.release()
 
 
-def newest_frames(frames: Iterator[Frame], video: Video) -> Iterator[Frame]:
+def newest_frames(frames: Generator[Frame], video: Video) -> Iterator[Frame]:
     """Reads `frames` in a thread and yields the newest one there is whenever it is asked.
 
     Frames that were never the newest when asked for are counted in `video.dropped`.
@@ -372,9 +411,10 @@ def newest_frames(frames: Iterator[Frame], video: Video) -> Iterator[Frame]:
                     newest[:] = [frame]
                     condition.notify()
                     if ended:
-                        return
+                        break
         except Exception as error:  # raised where the frames are asked for
             failure = error
+        frames.close()
         with condition:
             ended.append(failure)
             condition.notify()
@@ -407,15 +447,15 @@ class RateSampler:
     def __init__(self, source_rate: float | None, frame_rate: float, frame_stride: int):
         self._stride = frame_stride
         self._target = frame_rate / frame_stride
-        self._half_period = None if source_rate is None else 0.5 / source_rate
+        self._half_period = 0.0 if source_rate is None else 0.5 / source_rate
         self._due = 0.0
 
     def take(self, frame: Frame) -> bool:
         """Whether the model should see the frame: the nearest one to each due time.
 
-        Without times, every k-th. A video slower than the model's gives all its frames.
+        Without times, every k-th. A video slower than the model's gives (nearly) all its frames.
         """
-        if self._half_period is None or frame.time_s is None:
+        if frame.time_s is None:
             return frame.index % self._stride == 0
         reached = (frame.time_s + self._half_period) * self._target
         if reached < self._due:

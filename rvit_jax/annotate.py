@@ -1,13 +1,15 @@
 """What a stream's answers look like: bars on its frames as a film, and curves over its time."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+FILM_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")
 FRAME_HEIGHT = 360  # pixels; smaller frames are enlarged, larger ones stay
 PANEL_WIDTH = 300
 CURVE_POINTS = 4096  # an endless stream's curves are thinned to at most so many points
@@ -27,8 +29,8 @@ def draw_answer(image: np.ndarray, top: Sequence[tuple[str, float]], caption: st
         uint8 [H', W', 3], both even, as video codecs want them.
     """
     height, width = image.shape[:2]
-    scale = max(1.0, FRAME_HEIGHT / height)
-    new_height, new_width = (2 * round(side * scale / 2) for side in (height, width))
+    scale = max(1.0, min(FRAME_HEIGHT / height, 2 * FRAME_HEIGHT / width))
+    new_height, new_width = (max(2, 2 * round(side * scale / 2)) for side in (height, width))
     canvas = Image.new("RGB", (new_width + PANEL_WIDTH, new_height), _BACKGROUND)
     canvas.paste(Image.fromarray(image).resize((new_width, new_height)), (0, 0))
     draw = ImageDraw.Draw(canvas)
@@ -70,52 +72,71 @@ class Film:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: no container has such an ending.
+        ValueError: another ending than those of `FILM_SUFFIXES`.
     """
 
     def __init__(self, path: Path, frame_rate: float):
         import av
 
         self.path = Path(path).expanduser()
-        self._aside = self.path.with_name(f".tmp.{self.path.name}")
-        try:
-            self._container = av.open(str(self._aside), "w")
+        if self.path.suffix.lower() not in FILM_SUFFIXES:
+            raise ValueError(
+                f"{self.path}: films are written with the ending {', '.join(FILM_SUFFIXES)}"
+            )
+        self.aside = self.path.with_name(f".tmp.{self.path.name}")
+        self._open = True
+        with self._named_errors():
+            self._container = av.open(f"file:{self.aside}", "w")
             rate = Fraction(frame_rate).limit_denominator(1001)
             self._stream = self._container.add_stream("libx264", rate=rate)
-        except (av.FFmpegError, ValueError) as error:
-            self._aside.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno:
-                raise OSError(error.errno, f"{self.path} cannot be written: {error}") from error
-            raise ValueError(
-                f"{self.path}: there is no film of that ending: {error}; name it OUT.mp4"
-            ) from error
         self._stream.pix_fmt = "yuv420p"
-        self._sized = self._closed = False
+        self._sized = False
 
     def add(self, image: np.ndarray) -> None:
         """Appends uint8 [H, W, 3]; H and W are even and the same for all."""
         import av
 
-        if not self._sized:
-            self._stream.height, self._stream.width = image.shape[:2]
-            self._sized = True
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-        for packet in self._stream.encode(frame):
-            self._container.mux(packet)
+        with self._named_errors():
+            if not self._sized:
+                self._stream.height, self._stream.width = image.shape[:2]
+                self._sized = True
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            self._container.mux(self._stream.encode(frame))
 
     def close(self) -> None:
         """Finishes the file and gives it its name; without frames there is none."""
-        if self._closed:
-            return
-        self._closed = True
         if not self._sized:
-            self._container.close()
-            self._aside.unlink(missing_ok=True)
+            self.discard()
+        if not self._open:
             return
-        for packet in self._stream.encode():
-            self._container.mux(packet)
-        self._container.close()
-        os.replace(self._aside, self.path)
+        with self._named_errors():
+            self._container.mux(self._stream.encode())
+            self._container.close()
+            os.replace(self.aside, self.path)
+        self._open = False
+
+    def discard(self) -> None:
+        """Leaves nothing; after `close`, does nothing."""
+        import av
+
+        if self._open:
+            self._open = False
+            with contextlib.suppress(av.FFmpegError, OSError, ValueError):
+                self._container.close()
+            self.aside.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """FFmpeg's errors name no file, or the one aside. What was begun is taken away."""
+        import av
+
+        try:
+            yield
+        except (av.FFmpegError, OSError, ValueError) as error:
+            self._open = False
+            self.aside.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OSError(f"{self.path} cannot be written: {reason}") from error
 
 
 class Curves:
@@ -158,10 +179,16 @@ class Curves:
             axes.plot(
                 self._times, points[:, index], marker=marker, ms=3, label=self._class_names[index]
             )
-        axes.set(xlabel="time [s]", ylabel="probability", ylim=(-0.02, 1.02), title=title)
+        axes.set(xlabel="time [s]", ylabel="probability", ylim=(-0.02, 1.02))
+        readable = os.fsencode(title).decode(errors="replace")
+        axes.set_title(readable, parse_math=False)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False)
         path = Path(path).expanduser()
         aside = path.with_name(f".tmp.{path.name}")
-        figure.savefig(aside)
-        os.replace(aside, path)
+        try:
+            figure.savefig(aside, format="png")
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise

@@ -30,7 +30,8 @@ class EventDetector:
     """Finds events in one stream, as its answers come.
 
     An event begins when one class's probability has been at least `begin` for `patience` answers
-    in a row, and ends when it has been below `end` for as many, or the stream is over. Two
+    in a row, and ends when it has been below `end` for as many, when another class is believed, or
+    when the stream is over. Two
     thresholds, so that an answer that wavers about one of them is one event.
 
     Args:
@@ -79,8 +80,11 @@ class EventDetector:
                 self._confidence = max(self._confidence, probability)
             else:
                 self._against += 1
-                if self._against >= self._patience:
-                    ended = self.finish()
+            another = self._count >= self._patience and self._candidate not in (None, self._open)
+            if another:
+                self._last_s = min(self._last_s, self._since_s)
+            if another or self._against >= self._patience:
+                ended = self.finish()
         if self._open is None and self._candidate is not None and self._count >= self._patience:
             self._open, self._against = self._candidate, 0
             self._start_s, self._last_s = self._since_s, time_s

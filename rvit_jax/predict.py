@@ -14,6 +14,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -133,11 +134,18 @@ class _Stopped(Exception):  # noqa: N818  no error
 class _Signals:
     """Remembers SIGINT and SIGTERM; interrupts only where the program waits for a frame.
 
-    A second one leaves at once.
+    A second one leaves at once, and so does the first while nothing was read yet.
+
+    Attributes:
+        signum: the first signal, or 0.
+        started: there is something to finish.
+        films: what is not finished when leaving at once.
     """
 
     def __init__(self):
         self.signum = 0
+        self.started = False
+        self.films: list[Any] = []
         self._waiting = False
 
     def __enter__(self) -> "_Signals":
@@ -149,7 +157,9 @@ class _Signals:
             signal.signal(signum, handler)
 
     def _take(self, signum: int, _frame: object) -> None:
-        if self.signum:
+        if self.signum or not self.started:
+            for film in self.films:
+                film.aside.unlink(missing_ok=True)
             os._exit(128 + signum)
         self.signum = signum
         if self._waiting:
@@ -197,32 +207,45 @@ class _Report:
         self._several = len(args.input) > 1
         self._redraw = sys.stdout.isatty() and not args.json
         self._lines = 0  # of the block that the next one is drawn over
+        self.closed = False  # nobody reads any more
 
     def top(self, probabilities: np.ndarray) -> list[tuple[str, float]]:
         """Class names and probabilities, best first."""
         order = np.argsort(-probabilities, kind="stable")[: self._top_k]
         return [(self._names[index], float(probabilities[index])) for index in order]
 
-    def answers(self, streams: list[_Stream]) -> None:
-        """What the streams' last frames showed."""
+    def answers(self, answered: list[_Stream], streams: list[_Stream]) -> None:
+        """What the last frames of the streams that answered showed.
+
+        A terminal shows all streams, drawn over what it showed before.
+        """
+        if self._redraw:
+            self._draw([stream for stream in streams if stream.probabilities is not None])
+            return
         lines = []
-        for stream in streams:
+        for stream in answered:
             time_s, top = stream.time_of(stream.frame), self.top(stream.probabilities)
             if self._json:
                 self._print_json(
                     stream, {"frame": stream.frame.index, "time_s": round(time_s, 3), "top": top}
                 )
-            elif self._redraw:
-                lines += self._bars(stream, time_s, top)
             else:
                 words = "  ".join(f"{name} {100 * p:.0f} %" for name, p in top)
                 lines.append(f"{time_s:9.2f} s  {self._label(stream)}{words}")
-        if self._redraw:
-            up = f"\x1b[{self._lines}A" if self._lines else ""
-            print(up + "".join(f"\x1b[2K{line}\n" for line in lines), end="", flush=True)
-            self._lines = len(lines)
-        elif lines:
-            print("\n".join(lines), flush=True)
+        if lines:
+            self._print("\n".join(lines))
+
+    def _draw(self, streams: list[_Stream]) -> None:
+        width, height = shutil.get_terminal_size()
+        lines = []
+        for stream in streams:
+            lines += self._bars(
+                stream, stream.time_of(stream.frame), self.top(stream.probabilities)
+            )
+        lines = [line[: width - 1] for line in lines][: height - 1]
+        up = f"\x1b[{self._lines}A\x1b[J" if self._lines else ""
+        self._print(up + "\n".join(lines))
+        self._lines = len(lines)
 
     def _bars(self, stream: _Stream, time_s: float, top: list[tuple[str, float]]) -> list[str]:
         widest = max(len(name) for name in self._names)
@@ -242,10 +265,9 @@ class _Report:
             rounded = {key: round(value, 4) for key, value in values.items()}
             self._print_json(stream, {"event": name, **rounded})
         else:
-            print(
+            self._print(
                 f"event: {self._label(stream)}{event.class_name} from {event.start_s:.2f} s to "
-                f"{event.end_s:.2f} s ({100 * event.confidence:.0f} %)",
-                flush=True,
+                f"{event.end_s:.2f} s ({100 * event.confidence:.0f} %)"
             )
 
     def result(self, stream: _Stream, milliseconds: list[float]) -> None:
@@ -266,11 +288,10 @@ class _Report:
             self._print_json(stream, record)
             return
         dropped = f", {stream.video.dropped} dropped" if stream.video.live else ""
-        print(
+        self._print(
             f"result: {self._label(stream)}{best} {100 * probability:.1f} % after "
             f"{stream.num_frames} frames, of which the model read {stream.num_steps}{dropped}; "
-            f"{p50:.1f} ms per frame read (95 %: {p95:.1f} ms)",
-            flush=True,
+            f"{p50:.1f} ms per frame read (95 %: {p95:.1f} ms)"
         )
 
     def _label(self, stream: _Stream) -> str:
@@ -278,7 +299,11 @@ class _Report:
 
     def _print_json(self, stream: _Stream, record: dict[str, Any]) -> None:
         source = {"input": stream.video.name} if self._several else {}
-        print(json.dumps(source | record), flush=True)
+        self._print(json.dumps(source | record))
+
+    def _print(self, text: str) -> None:
+        if not self.closed:
+            print(text, flush=True)
 
 
 def predict(args: argparse.Namespace) -> int:
@@ -290,17 +315,16 @@ def predict(args: argparse.Namespace) -> int:
     """
     if args.input.count("-") > 1:
         raise ValueError("standard input (-) can be one input only")
-    for path in (args.save, args.state):
-        if path is not None:
-            _check_folder_of(path)
+    _check_outputs(args)
     with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
         videos = [
             stack.enter_context(
                 open_video(name, frame_rate=args.frame_rate, frame_size=args.frame_size)
             )
             for name in args.input
         ]
-        import rvit_jax  # only now: a wrong name is said at once
+        import rvit_jax
         from rvit_jax.streaming import Streams
 
         loaded = rvit_jax.load(args.checkpoint)
@@ -327,13 +351,18 @@ def predict(args: argparse.Namespace) -> int:
         ]
         side = loaded.config.model.image_size
         states.compile((side, side))
+        signals.films = [stream.film for stream in streams if stream.film is not None]
+        signals.started = True
         report = _Report(args, loaded.class_names)
-        signals = stack.enter_context(_Signals())
         milliseconds: deque[float] = deque(maxlen=TIMED_FRAMES)
-        with contextlib.suppress(_Stopped):
+        try:
             _run(args, streams, states, report, signals, side, milliseconds)
+        except _Stopped:
+            pass
+        except BrokenPipeError:
+            report.closed = True
         _finish(args, streams, states, report, list(milliseconds))
-        return signals.signum
+        return signal.SIGPIPE if report.closed else signals.signum
 
 
 def _open_stream(
@@ -352,7 +381,7 @@ def _open_stream(
     film = None
     if args.save is not None:
         film = Film(_numbered(args.save, index, len(args.input)), video.frame_rate or rate)
-        stack.callback(film.close)
+        stack.callback(film.discard)  # unless it was finished
     return _Stream(
         video,
         iter(video),
@@ -364,9 +393,25 @@ def _open_stream(
     )
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises OSError or ValueError where a file cannot be put: better now than after an hour."""
+    outputs = [] if args.state is None else [args.state]
+    if args.save is not None:
+        films = [_numbered(args.save, index, len(args.input)) for index in range(len(args.input))]
+        outputs += films + [film.with_suffix(".png") for film in films]
+    for path in outputs:
+        _check_folder_of(path)
+        for name in args.input:
+            if path.exists() and os.path.exists(name) and os.path.samefile(path, name):
+                raise ValueError(f"{path} is an input, and would be replaced: name another file")
+
+
 def _check_folder_of(path: Path) -> None:
-    """Raises OSError unless a file can be put there: better now than after an hour."""
-    folder = path.expanduser().absolute().parent
+    """Raises OSError unless a file can be put there."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder")
+    folder = path.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}")
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -407,7 +452,7 @@ def _run(
                 _take_answer(stream, probabilities[row], report)
         to_report = [s for s in answered if (s.num_steps - 1) % args.every == 0]
         if to_report:
-            report.answers(to_report)
+            report.answers(to_report, streams)
 
 
 def _next_due(stream: _Stream, report: _Report, signals: _Signals) -> bool:
@@ -454,23 +499,40 @@ def _finish(
     report: _Report,
     milliseconds: list[float],
 ) -> None:
-    """What is known at the end: open events, results, the state, the pictures."""
-    if args.state is not None:
-        states.save(args.state)
-    for index, stream in enumerate(streams):
-        if stream.probabilities is None:  # stopped before its first frame
-            continue
+    """What is known at the end: open events, results, films, pictures, and always the state."""
+    try:
+        for index, stream in enumerate(streams):
+            if stream.probabilities is not None:  # not stopped before its first frame
+                _finish_stream(args, index, stream, report, milliseconds)
+    finally:
+        if args.state is not None:
+            try:
+                states.save(args.state)
+            except OSError as error:
+                raise OSError(f"{args.state} cannot be written: {error.strerror}") from error
+
+
+def _finish_stream(
+    args: argparse.Namespace,
+    index: int,
+    stream: _Stream,
+    report: _Report,
+    milliseconds: list[float],
+) -> None:
+    if stream.video.problem:
+        _warn(f"{stream.video.name}: {stream.video.problem}")
+    try:
         if stream.events is not None and (event := stream.events.finish()) is not None:
             report.event(stream, event)
-        if stream.video.problem:
-            _warn(f"{stream.video.name}: {stream.video.problem}")
         report.result(stream, milliseconds)
-        if stream.film is not None:
-            film = _numbered(args.save, index, len(streams))
-            picture = film.with_suffix(".png")
-            stream.film.close()
-            stream.curves.draw(picture, Path(stream.video.name).name)
-            print(f"written to {film} and {picture}", file=sys.stderr)
+    except BrokenPipeError:
+        report.closed = True
+    if stream.film is not None:
+        film = _numbered(args.save, index, len(args.input))
+        picture = film.with_suffix(".png")
+        stream.film.close()
+        stream.curves.draw(picture, Path(stream.video.name).name)
+        print(f"written to {film} and {picture}", file=sys.stderr)
 
 
 def _warn(message: str) -> None:
@@ -482,11 +544,6 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         signum = predict(args)
-    except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except KeyboardInterrupt:  # before the first frame
-        return 128 + signal.SIGINT
     except Exception as error:
         if args.debug:
             traceback.print_exc()
@@ -494,6 +551,8 @@ def main(argv: list[str] | None = None) -> int:
         message = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
         print(f"error: {message}", file=sys.stderr)
         return 1
+    if signum == signal.SIGPIPE:  # whoever read our output has enough; nor say so at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signum if signum else 0
 
 

@@ -35,8 +35,9 @@ class Streams:
         model: from `rvit_jax.load(...).model`.
         num_streams: B.
         window: frames that a state may see before it begins anew; 0: one state, never.
-        num_states: R, states of each stream, that begin in turn every window / R frames; by
-            default one for every frame, at most 16. Used with a window only.
+        num_states: most states of each stream, that begin in turn every k frames, the smallest
+            whole k that allows it; by default 16. A state then lives for the next multiple of k
+            from the window on. Used with a window only.
         decay: the state's distance from the initial one is multiplied by this before each frame;
             1: not. Another remedy against a state that stops listening.
 
@@ -72,8 +73,8 @@ class Streams:
         self.num_frames = np.zeros(num_streams, np.int64)
         initial = model.initial_hidden(1)[:, None]  # [L, 1, 1, S, D]
         self._hidden = jnp.tile(initial, (1, self._num_states, num_streams, 1, 1))
-        graphdef, self._variables = nnx.split(model.module)
-        self._advance = jax.jit(_make_advance(graphdef, decay), donate_argnums=1)
+        self._graphdef, self._variables = nnx.split(model.module)
+        self._advance = jax.jit(_make_advance(self._graphdef, decay), donate_argnums=1)
 
     @property
     def num_states(self) -> int:
@@ -124,11 +125,15 @@ class Streams:
                 f"{len(frames)} frames and a mask of shape {active.shape}, but there are "
                 f"{num_streams} streams"
             )
-        self.num_frames = self.num_frames + active
+        before, self.num_frames = self.num_frames, self.num_frames + active
         restart = (self.ages() == 1) & active
-        logits, self._hidden = self._advance(
-            self._variables, self._hidden, restart, np.asarray(frames), active
-        )
+        try:
+            logits, self._hidden = self._advance(
+                self._variables, self._hidden, restart, np.asarray(frames), active
+            )
+        except BaseException:
+            self.num_frames = before  # a frame that does not fit was not seen
+            raise
         return np.asarray(logits)
 
     def asked(self) -> np.ndarray:
@@ -198,7 +203,7 @@ class Streams:
 
     def _identity(self) -> dict[str, Any]:
         """What a saved state must have in common with the streams that go on from it."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(repr(self._graphdef).encode())  # heads, for one, are no array
         for leaf in jax.tree.leaves(self._variables):
             digest.update(np.asarray(leaf).tobytes())
         return {

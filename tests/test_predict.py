@@ -176,6 +176,7 @@ def test_a_terminal_is_drawn_over(capsys, monkeypatch, checkpoint, folder):
         (("--input", "{folder}", "--checkpoint", "nowhere"), "nowhere"),
         (("--input", "{folder}", "--save", "{tmp}/none/o.mp4"), "no folder"),
         (("--input", "{folder}", "--save", "{tmp}/o.txt"), "o.txt"),
+        (("--input", "{folder}", "--save", "{folder}"), "folder"),
         (("--input", "{folder}", "--state", "{tmp}/none/s"), "no folder"),
         (("--input", "{folder}", "--window", "3", "--states", "4"), "num_states=4"),
         (("--input", "{folder}", "--decay", "2"), "decay=2"),
@@ -197,6 +198,59 @@ def test_wrong_arguments(capsys, checkpoint, argument):
         predict.main(["--checkpoint", str(checkpoint), "--input", "x", argument])
     assert stop.value.code == 2
     assert argument.split("=")[0] in capsys.readouterr().err
+
+
+def write_film(path, pixels, size=(32, 24)):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=12)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for image in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_film_cut_short_gives_its_result_and_a_warning(capsys, checkpoint, tmp_path, pixels):
+    film = write_film(tmp_path / "a.avi", np.tile(pixels, (6, 1, 1, 1)))
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    status, lines, err = run(capsys, "--checkpoint", checkpoint, "--input", film, "--json")
+    assert status == 0
+    assert 0 < lines[-1]["num_frames"] < 60
+    assert err.startswith(f"warning: {film}: ")
+    assert "cut short" in err
+
+
+def test_a_failed_run_leaves_an_earlier_film_alone(capsys, checkpoint, tmp_path, pixels):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    for index, image in enumerate(pixels[:4]):
+        Image.fromarray(image).save(frames / f"{index}.png")
+    (frames / "3.png").write_bytes(b"broken")
+    earlier = tmp_path / "o.mp4"
+    earlier.write_bytes(b"precious")
+    arguments = ("--checkpoint", checkpoint, "--input", frames, "--save", earlier)
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert "3.png" in err
+    assert earlier.read_bytes() == b"precious"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["frames", "o.mp4"]
+
+
+def test_an_input_is_not_written_over(capsys, checkpoint, tmp_path, pixels):
+    film = write_film(tmp_path / "a.mp4", pixels)
+    before = film.read_bytes()
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--input", film, "--save", film)
+    assert (status, film.read_bytes()) == (1, before)
+    assert "would be replaced" in err
+
+
+def test_curves_stay_bounded():
+    curves = annotate.Curves(("a", "b"))
+    for t in range(5 * annotate.CURVE_POINTS):
+        curves.add(float(t), np.array([0.5, 0.5]))
+    assert len(curves._times) <= annotate.CURVE_POINTS
+    assert curves._times[0] == 0.0
+    assert np.unique(np.diff(curves._times)).tolist() == [8.0]
 
 
 def test_scrambled_frames_cannot_stream(capsys, folder, tmp_path):

@@ -166,6 +166,20 @@ def test_a_state_of_something_else_is_refused(tmp_path, softmax_model):
             Streams(softmax_model, 2, window=5).restore(file)
 
 
+def test_a_frame_that_does_not_fit_was_not_seen(softmax_model):
+    streams = Streams(softmax_model)
+    with pytest.raises(ValueError, match="got shape"):
+        streams.step(np.zeros((1, 9, 9, 3), np.uint8))
+    assert streams.num_frames.tolist() == [0]
+
+
+def test_a_state_of_other_heads_is_refused(tmp_path):
+    Streams(CompiledRViT(small_model(attention="softmax"))).save(tmp_path / "s.npz")
+    other = Streams(CompiledRViT(small_model(attention="softmax", num_heads=2)))
+    with pytest.raises(ValueError, match="model"):
+        other.restore(tmp_path / "s.npz")
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"window": -1}, {"decay": 0.0}, {"decay": 1.5}, {"window": 3, "num_states": 4}],
@@ -222,6 +236,23 @@ def test_a_single_answer_is_no_event_and_ends_none():
 def test_one_class_may_follow_another_at_once():
     found = events_of([LEFT, LEFT, RIGHT, RIGHT, RIGHT])
     assert found == [Event("left", 0.0, 1.0, 0.8), Event("right", 2.0, 4.0, 0.8)]
+
+
+def test_a_class_that_is_believed_ends_a_weaker_one():
+    strong, weak = (0.05, 0.35, 0.6), (0.1, 0.8, 0.1)
+    found = events_of([weak, weak, weak, strong, strong, strong])
+    assert [(event.class_name, event.start_s, event.end_s) for event in found] == [
+        ("left", 0.0, 3.0),
+        ("right", 3.0, 5.0),
+    ]
+
+
+def test_a_contradiction_is_forgotten_when_the_class_is_back():
+    assert events_of([LEFT, LEFT, IDLE, LEFT, IDLE, LEFT]) == [Event("left", 0.0, 5.0, 0.8)]
+
+
+def test_confidence_is_the_greatest_of_the_event():
+    assert events_of([LEFT, LEFT, (0.0, 0.95, 0.05)])[0].confidence == 0.95
 
 
 def test_background_makes_no_events():

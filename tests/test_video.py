@@ -4,10 +4,13 @@ import io
 import itertools
 import struct
 import threading
+import time
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -145,7 +148,7 @@ def test_a_pipe_gives_frames_as_their_bytes_come():
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 5, 3), dtype=np.uint8)
     pipe = video.RawVideo(Trickle(pixels.tobytes() + b"abc"), (5, 3))
     np.testing.assert_array_equal([frame.image for frame in pipe], pixels)
-    assert "3 bytes after frame 3" in pipe.problem
+    assert "3 bytes after 4 whole frames" in pipe.problem
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_a_pipe_gives_frames_as_their_bytes_come():
         (lambda p: p / "absent.mp4", "no file or folder"),
         (lambda p: (p / "e.mp4", (p / "e.mp4").touch())[0], "is empty"),
         (lambda p: (p / "t.mp4", (p / "t.mp4").write_text("no video\n" * 99))[0], "as a video"),
-        (lambda p: write_sound(p / "a.m4a"), "no picture, only audio"),
+        (lambda p: write_sound(p / "a.m4a"), "no film, only audio"),
         (lambda p: (p / "d", (p / "d").mkdir())[0], "no images"),
         (lambda p: write_images(p / "f", [(8, 6), (8, 6), (6, 8)]), "frame 2 has 6 x 8 pixels"),
         (lambda p: "camera:4321", "camera:4321"),
@@ -254,3 +257,133 @@ def test_what_goes_wrong_in_a_live_source_is_raised_where_it_is_read():
     with pytest.raises(OSError, match="unplugged"):
         for _ in itertools.islice(iter(Live("live")), 5):
             pass
+
+
+def write_stamped(path, times_ms):
+    """A film with these times of display; `codec` keeps them as they are."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for stamp in times_ms:
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def test_times_of_a_variable_rate_count_from_the_first(tmp_path):
+    times = [10_000, 10_500, 11_000, 11_040, 11_080, 12_000]
+    with open_video(str(write_stamped(tmp_path / "a.mkv", times))) as film:
+        got = [frame.time_s for frame in film]
+    assert got == pytest.approx([0.0, 0.5, 1.0, 1.04, 1.08, 2.0])
+    assert film.problem is None
+
+
+def test_one_time_that_repeats_leaves_the_others_as_they_are():
+    film = object.__new__(video.VideoFile)
+    film.frame_rate, film._counts, film._start_s, film._time_s = 10.0, False, None, None
+    got = [film._time_of(stamp) for stamp in (5.0, 5.5, 6.0, 6.0, 6.04, 6.08)]
+    assert got == pytest.approx([0.0, 0.5, 1.0, 1.001, 1.04, 1.08])
+    assert film._time_of(5.9) == pytest.approx(1.18)  # backwards: it counts from here on
+    assert film._time_of(7.5) == pytest.approx(1.28)
+
+
+def test_a_film_with_sound_that_is_cut_short_says_so(tmp_path):
+    path = tmp_path / "a.mkv"
+    rng = np.random.default_rng(0)
+    with av.open(str(path), "w") as container:
+        film = container.add_stream("mjpeg", rate=RATE)
+        film.width, film.height, film.pix_fmt = 64, 48, "yuvj420p"
+        sound = container.add_stream("pcm_s16le", rate=8000)
+        sound.layout = "mono"
+        for t in range(100):
+            image = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+            container.mux(film.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            samples = av.AudioFrame.from_ndarray(np.zeros((1, 320), np.int16), "s16", "mono")
+            samples.sample_rate, samples.pts = 8000, 320 * t
+            container.mux(sound.encode(samples))
+        container.mux(film.encode())
+        container.mux(sound.encode())
+    with open_video(str(path)) as whole:
+        assert len(list(whole)) == 100
+    assert whole.problem is None
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with open_video(str(path)) as half:
+        assert 10 < len(list(half)) < 90
+    assert half.problem
+
+
+def test_a_record_with_its_cover_is_no_film(tmp_path):
+    path = tmp_path / "a.m4a"
+    with av.open(str(path), "w", format="mp4") as container:
+        sound = container.add_stream("aac", rate=8000)
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 64, 48, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        samples.sample_rate = 8000
+        container.mux(sound.encode(samples))
+        container.mux(sound.encode())
+        image = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+        container.mux(cover.encode(image))
+        container.mux(cover.encode())
+    with pytest.raises(ValueError, match="no film, only audio"):
+        open_video(str(path))
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "concat:a.mp4", "f%03d.mp4", "- a b.mp4"])
+def test_a_name_is_only_a_name(tmp_path, monkeypatch, name):
+    write_film(tmp_path / "plain.mp4", 3).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    with open_video(name) as film:
+        assert len(list(film)) == 3
+
+
+def test_folders_skip_what_is_no_frame_and_refuse_deep_pixels(tmp_path):
+    folder = write_images(tmp_path / "frames", [(8, 6)] * 3)
+    (folder / "._1.png").write_bytes(b"a shadow of another system")
+    (folder / "4.png").mkdir()
+    assert len(list(open_video(str(folder)))) == 3
+    Image.fromarray(np.full((6, 8), 30_000, np.uint16)).save(folder / "4b.png")
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        list(open_video(str(folder)))
+
+
+class FakeCapture:
+    """OpenCV's camera, which must not be released while it is read."""
+
+    def __init__(self, _):
+        self.reading, self.faults, self.released = threading.Event(), [], threading.Event()
+
+    def isOpened(self):  # noqa: N802
+        return True
+
+    def get(self, _):
+        return 30.0
+
+    def read(self):
+        self.reading.set()
+        time.sleep(0.05)
+        if self.released.is_set():
+            self.faults.append("released under a read")
+        self.reading.clear()
+        return True, np.array([[[1, 2, 3]]], np.uint8)
+
+    def release(self):
+        if self.reading.is_set():
+            self.faults.append("released under a read")
+        self.released.set()
+
+
+def test_a_camera_is_released_only_when_nobody_reads_it(monkeypatch):
+    import cv2
+
+    monkeypatch.setattr(cv2, "VideoCapture", FakeCapture)
+    camera = open_video("camera:0")
+    frames = iter(camera)
+    assert next(frames).image.tolist() == [[[3, 2, 1]]]  # OpenCV gives blue first
+    camera.close()
+    assert camera._capture.released.is_set()
+    assert camera._capture.faults == []
