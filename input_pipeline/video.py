@@ -167,9 +167,11 @@ class VideoFile(Video):
             if not stream.disposition & Disposition.attached_pic  # a record's cover
         ]
         if not films:
-            kinds = sorted({stream.type for stream in self._container.streams}) or ["nothing"]
+            kinds = {s.type for s in self._container.streams} - {"video"} or {"a still picture"}
             self._container.close()
-            raise ValueError(f"{path} has no film, only {' and '.join(kinds)}, or is cut short")
+            raise ValueError(
+                f"{path} has no film, only {' and '.join(sorted(kinds))}, or is cut short"
+            )
         self._stream = films[0]
         self._stream.thread_type = "AUTO"
         rate = self._stream.average_rate or self._stream.guessed_rate
