@@ -249,7 +249,8 @@ class _Report:
 
     def _bars(self, stream: _Stream, time_s: float, top: list[tuple[str, float]]) -> list[str]:
         widest = max(len(name) for name in self._names)
-        lines = [f"{self._label(stream)}frame {stream.frame.index}, {time_s:.2f} s"]
+        name = f"  {stream.video.name}" if self._several else ""  # last, for it may be cut off
+        lines = [f"frame {stream.frame.index}, {time_s:.2f} s{name}"]
         for name, probability in top:
             eighths = round(8 * BAR_WIDTH * probability)
             bar = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
