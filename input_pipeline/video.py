@@ -46,20 +46,19 @@ class Video(ABC):
     Attributes:
         name: what the user called it.
         frame_rate: frames per second, where known.
-        num_frames: how many it announces, where it does; for progress bars.
         live: frames come at their own time, and wait for nobody.
+        endless: nobody knows when it ends.
         dropped: frames of a live source that came while nobody looked.
         problem: what was wrong with a video that could be read in part; known at its end.
     """
 
-    live = False
+    live = endless = False
 
-    def __init__(self, name: str, frame_rate: float | None = None, num_frames: int | None = None):
+    def __init__(self, name: str, frame_rate: float | None = None):
         if frame_rate is not None and not 0.0 < frame_rate < 1e6:
             raise ValueError(f"{name}: a rate of {frame_rate} frames per second cannot be")
         self.name = name
         self.frame_rate = frame_rate
-        self.num_frames = num_frames
         self.dropped = 0
         self.problem: str | None = None
 
@@ -175,9 +174,7 @@ class VideoFile(Video):
         self._stream = films[0]
         self._stream.thread_type = "AUTO"
         rate = self._stream.average_rate or self._stream.guessed_rate
-        super().__init__(
-            str(path), frame_rate or (float(rate) if rate else None), self._stream.frames or None
-        )
+        super().__init__(str(path), frame_rate or (float(rate) if rate else None))
         self._counts = frame_rate is not None  # frames' own times are not to be used
         self._start_s: float | None = None  # own time of the first frame
         self._time_s: float | None = None  # given to the last frame
@@ -292,7 +289,7 @@ class ImageFolder(Video):
             raise ValueError(
                 f"{folder} holds no images: expected files that end in {', '.join(IMAGE_SUFFIXES)}"
             )
-        super().__init__(str(folder), frame_rate, len(self._files))
+        super().__init__(str(folder), frame_rate)
 
     def _frames(self) -> Iterator[Frame]:
         for index, file in enumerate(self._files):
@@ -319,6 +316,8 @@ def _read_image(file: Path) -> np.ndarray:
 
 class RawVideo(Video):
     """Raw RGB frames from a pipe, without end if need be."""
+
+    endless = True
 
     def __init__(
         self, stream: BinaryIO, frame_size: tuple[int, int], frame_rate: float | None = None
@@ -355,7 +354,7 @@ def _read_up_to(stream: BinaryIO, size: int) -> bytes:
 class Camera(Video):
     """A camera, through OpenCV. Frames that come while the reader is busy are dropped."""
 
-    live = True
+    live = endless = True
 
     def __init__(self, number: int, frame_rate: float | None = None):
         import cv2

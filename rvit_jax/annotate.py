@@ -1,6 +1,7 @@
 """What a stream's answers look like: bars on its frames as a film, and curves over its time."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -15,6 +16,9 @@ PANEL_WIDTH = 300
 CURVE_POINTS = 4096  # an endless stream's curves are thinned to at most so many points
 CURVES = 6
 _BACKGROUND, _TEXT, _BAR, _BEST = (24, 26, 31), (235, 235, 235), (86, 106, 137), (242, 166, 60)
+
+
+_font = functools.cache(ImageFont.load_default)  # or it is read anew for every frame
 
 
 def draw_answer(image: np.ndarray, top: Sequence[tuple[str, float]], caption: str) -> np.ndarray:
@@ -34,7 +38,7 @@ def draw_answer(image: np.ndarray, top: Sequence[tuple[str, float]], caption: st
     canvas = Image.new("RGB", (new_width + PANEL_WIDTH, new_height), _BACKGROUND)
     canvas.paste(Image.fromarray(image).resize((new_width, new_height)), (0, 0))
     draw = ImageDraw.Draw(canvas)
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    font, small = _font(15), _font(13)
     left, right = new_width + 14, new_width + PANEL_WIDTH - 14
     draw.text((left, 10), caption, fill=_TEXT, font=small)
     row = max(34, min(52, (new_height - 40) // max(len(top), 1)))

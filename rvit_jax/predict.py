@@ -336,12 +336,9 @@ def predict(args: argparse.Namespace) -> int:
                 "frames hold colours of other moments, and cannot be had one at a time; use "
                 "python -m rvit_jax.main --mode=evaluate"
             )
-        endless = any(
-            video.live or name == "-" for video, name in zip(videos, args.input, strict=True)
-        )
         window = args.window
         if window is None:
-            window = dataset.num_frames if endless else 0
+            window = dataset.num_frames if any(video.endless for video in videos) else 0
         states = Streams(
             loaded.model, len(videos), window=window, num_states=args.states, decay=args.decay
         )
@@ -359,7 +356,7 @@ def predict(args: argparse.Namespace) -> int:
         try:
             _run(args, streams, states, report, signals, side, milliseconds)
         except _Stopped:
-            pass
+            pass  # as at the end; `signals` knows which
         except BrokenPipeError:
             report.closed = True
         _finish(args, streams, states, report, list(milliseconds))
@@ -438,20 +435,18 @@ def _run(
 
     batch = np.zeros((len(streams), side, side, 3), np.uint8)
     while True:
-        due = [_next_due(stream, report, signals) for stream in streams]
-        if not any(due):
+        active = np.array([_next_due(stream, report, signals) for stream in streams])
+        if not active.any():
             return
+        due = [(row, streams[row]) for row in np.flatnonzero(active)]
         start = time.perf_counter()
-        for row, stream in enumerate(streams):
-            if due[row]:
-                batch[row] = resize_array(stream.frame.image, side)
-        probabilities = states.step(batch, np.array(due))
+        for row, stream in due:
+            batch[row] = resize_array(stream.frame.image, side)
+        probabilities = states.step(batch, active)
         milliseconds.append(1e3 * (time.perf_counter() - start))
-        answered = [stream for stream, is_due in zip(streams, due, strict=True) if is_due]
-        for row, stream in enumerate(streams):
-            if due[row]:
-                _take_answer(stream, probabilities[row], report)
-        to_report = [s for s in answered if (s.num_steps - 1) % args.every == 0]
+        for row, stream in due:
+            _take_answer(stream, probabilities[row], report)
+        to_report = [s for _, s in due if (s.num_steps - 1) % args.every == 0]
         if to_report:
             report.answers(to_report, streams)
 

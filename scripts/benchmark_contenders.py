@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from rvit_jax import RViT, losses, optimizer, steps
 from rvit_jax.model import CompiledRViT
-from weights_converter import mapping
+from weights_converter import mapping, run_archive
 from weights_converter.torch_rvit import TorchRViT
 
 OURS, EAGER = "rvit_jax", "PyTorch eager"
@@ -145,8 +145,8 @@ def make_batch(config: ConfigDict, batch_size: int, num_frames: int | None = Non
 
 
 def for_torch(video: np.ndarray) -> torch.Tensor:
-    """[B, T, H, W, 3] -> [B*T, 3, H, W], clip by clip, in PyTorch's own memory order."""
-    return torch.from_numpy(video).permute(0, 1, 4, 2, 3).flatten(0, 1).contiguous()
+    """`run_archive.for_torch` in PyTorch's own memory order."""
+    return run_archive.for_torch(video).contiguous()
 
 
 def to_host(values: jax.Array | torch.Tensor | np.ndarray) -> np.ndarray:

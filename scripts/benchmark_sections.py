@@ -28,11 +28,14 @@ import torch
 from absl import logging as absl_logging
 from benchmark_contenders import DTYPES, EAGER, OURS, Run, Settings
 from benchmark_report import Row, fitted_exponent, medians, speedups, spread
+from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
 from input_pipeline.cpus import num_cpus
+from rvit_jax import RViT
+from rvit_jax.profile import count_parts
 
 LOGITS_BAR = 1e-3  # x max abs logit: float32 contenders further apart are not the same function
 TRAINING_BAR = 1e-3  # relative, of loss and gradient norm without dropout
@@ -295,6 +298,7 @@ def flops_per_frame(model: ConfigDict) -> dict[str, int]:
     S x S weights. "needed": linear attention as q (k^T v), and the last layer's MLP for its class
     token alone. The read-out's head is left out.
     """
+    needed = count_parts(nnx.eval_shape(lambda: RViT(model, rngs=nnx.Rngs(0))))
     num_patches = (model.image_size // model.patch_size) ** 2
     tokens, size = num_patches + 1, model.hidden_size
     embedding = 2 * num_patches * 3 * model.patch_size**2 * size
@@ -302,14 +306,10 @@ def flops_per_frame(model: ConfigDict) -> dict[str, int]:
     attention = 4 * tokens * tokens * size
     if model.attention == "reattention":
         attention += 2 * tokens * tokens * model.num_heads**2
-    is_linear = model.attention == "linear"
-    lean_attention = 4 * tokens * size * size // model.num_heads if is_linear else attention
-    mlp_of_token = 4 * size * model.mlp_dim
-    layers = model.num_layers
-    lean_mlp = ((layers - 1) * tokens + 1) * mlp_of_token
+    mlp = 4 * tokens * size * model.mlp_dim
     return {
-        "reference": embedding + layers * (projections + attention + tokens * mlp_of_token),
-        "needed": embedding + layers * (projections + lean_attention) + lean_mlp,
+        "reference": embedding + model.num_layers * (projections + attention + mlp),
+        "needed": sum(part.flops for part in needed if part.every_frame),
     }
 
 

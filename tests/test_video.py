@@ -21,7 +21,7 @@ from input_pipeline.video import Frame, RateSampler, open_video
 RATE = 25
 
 
-def write_film(path, num_frames=20, *, codec="libx264", size=(64, 48), audio=False):
+def write_film(path, num_frames=20, *, codec="libx264", size=(64, 48)):
     """A film whose frames get brighter: frame t has the grey level 10 t."""
     width, height = size
     with av.open(str(path), "w") as container:
