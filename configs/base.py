@@ -32,6 +32,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # Carry the re-attention parameters that the later PyTorch source creates and never uses, so
     # that its checkpoints convert there and back without loss. They take no part in anything.
     config.model.unused_reattention = False
+    # What a layer's state becomes: True: a + g, the positions stay in it (the reference); False: a + h.
+    config.model.state_keeps_positions = True
+    # Token 0 of the state before the first frame: True: learned (the reference); False: zeros.
+    config.model.learned_hidden_token = True
     config.model.dropout_rate = 0.0  # on x + positions, at every layer of every frame
     config.model.block_dropout_rate = 0.1  # on the attention output, in the MLPs, in the mlp head
 

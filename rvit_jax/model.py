@@ -6,7 +6,7 @@ with that layer's state `hidden` [S, D] (the reference's `model/RViT.py`):
     x      = x + positions                         the same positions before every layer
     g      = hidden + positions                    and in every frame
     a      = attention_gate(LN(x), LN(g))
-    hidden = a + g
+    hidden = a + g                                 (or a + hidden: `state_keeps_positions`)
     y      = x + a
     x      = y + MLP(LN(y))
 
@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from rvit_jax.attention import AttentionGate
 from rvit_jax.config import check_model_config
-from rvit_jax.layers import MLP, LayerNorm, Linear, split_key, uniform_fan_in
+from rvit_jax.layers import MLP, LayerNorm, Linear, UnusedParam, split_key, uniform_fan_in
 from rvit_jax.shapes import (
     ClassTokens,
     Frame,
@@ -77,7 +77,7 @@ class PatchEmbedding(nnx.Module):
 
 
 class EncoderBlock(nnx.Module):
-    """One layer for one frame: the attention gate, the new state, the MLP."""
+    """One layer for one frame: the attention gate and the MLP."""
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
         size = config.hidden_size
@@ -97,23 +97,23 @@ class EncoderBlock(nnx.Module):
     def __call__(
         self, x: Tokens, g: Tokens, key: PRNGKey | None = None, *, class_token_only: bool = False
     ) -> tuple[Tokens | OneToken, Tokens]:
-        """Returns the layer's output and its new state.
+        """Returns the layer's output and its gate, which the caller adds to the state.
 
         Args:
             x: the frame's tokens [B, S, D], positions added.
             g: the layer's state [B, S, D], positions added.
             key: for dropout, in training mode.
-            class_token_only: compute the output of token 0 alone, [B, 1, D]. The state is
+            class_token_only: compute the output of token 0 alone, [B, 1, D]. The gate is
                 whole either way. Deviation: the reference computes all of the last layer's
                 tokens; the others reach nothing.
         """
         attention_key, mlp_key = split_key(key)
-        a = self.attention(self.norm_input(x), self.norm_hidden(g))
-        hidden = a + g  # not dropped out: the reference drops only the copy that x gets
+        gate = self.attention(self.norm_input(x), self.norm_hidden(g))
+        a = gate  # dropped out on its way to x alone, as in the reference
         if class_token_only:
             x, a = x[:, :1], a[:, :1]
         y = x + self.dropout(a, rngs=attention_key)
-        return y + self.mlp(self.norm_out(y), mlp_key), hidden
+        return y + self.mlp(self.norm_out(y), mlp_key), gate
 
 
 class LinearHead(nnx.Module):
@@ -163,7 +163,10 @@ class RViT(nnx.Module):
         self.patch_embedding = PatchEmbedding(config.patch_size, size, rngs=rngs)
         self.class_token = nnx.Param(unit_normal(rngs.params(), (1, 1, size)))
         self.pos_embedding = nnx.Param(unit_normal(rngs.params(), (1, num_patches + 1, size)))
-        self.hidden_class_token = nnx.Param(unit_normal(rngs.params(), (num_layers, 1, 1, size)))
+        self.state_keeps_positions = config.state_keeps_positions
+        self.learned_hidden_token = config.learned_hidden_token
+        kind = nnx.Param if config.learned_hidden_token else UnusedParam
+        self.hidden_class_token = kind(unit_normal(rngs.params(), (num_layers, 1, 1, size)))
         self.layers = nnx.List([EncoderBlock(config, rngs=rngs) for _ in range(num_layers)])
         self.dropout = nnx.Dropout(config.dropout_rate)
         features = size * (num_layers + 1 if config.readout == "class_and_hidden_tokens" else 1)
@@ -177,9 +180,10 @@ class RViT(nnx.Module):
     def initial_hidden(self, batch_size: int) -> Hidden:
         """The state before the first frame: a learned token 0 per layer, zeros elsewhere."""
         num_layers, _, _, size = self.hidden_class_token.shape
-        class_tokens = jnp.broadcast_to(
-            self.hidden_class_token[...], (num_layers, batch_size, 1, size)
-        )
+        class_tokens = self.hidden_class_token[...]
+        if not self.learned_hidden_token:
+            class_tokens = jnp.zeros_like(class_tokens)
+        class_tokens = jnp.broadcast_to(class_tokens, (num_layers, batch_size, 1, size))
         zeros = jnp.zeros((num_layers, batch_size, self.num_patches, size), class_tokens.dtype)
         return jnp.concatenate([class_tokens, zeros], axis=2)
 
@@ -204,13 +208,14 @@ class RViT(nnx.Module):
         new_hidden = []
         for index, layer in enumerate(self.layers):
             x = self.dropout(x + positions, rngs=keys[2 * index])
-            x, layer_hidden = layer(
+            g = hidden[index] + positions
+            x, gate = layer(
                 x,
-                hidden[index] + positions,
+                g,
                 keys[2 * index + 1],
                 class_token_only=index == len(self.layers) - 1,
             )
-            new_hidden.append(layer_hidden)
+            new_hidden.append(gate + (g if self.state_keeps_positions else hidden[index]))
         return x[:, 0], jnp.stack(new_hidden)
 
     def read_out(

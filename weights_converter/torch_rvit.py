@@ -117,7 +117,7 @@ class Encoder1DBlock(nn.Module):
         self.drop_out_attention = nn.Dropout(config.block_dropout_rate)
 
     def forward(self, x: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens and state [B, S, D], positions added -> tokens, new state [B, S, D]."""
+        """Tokens and state [B, S, D], positions added -> tokens, the state plus the gate."""
         gate = self.attention(self.layer_norm_input(x), self.layer_norm_hidden(hidden))
         y = x + self.drop_out_attention(gate)
         return y + self.mlp(self.layer_norm_out(y)), gate + hidden
@@ -126,8 +126,11 @@ class Encoder1DBlock(nn.Module):
 class Encoder(nn.Module):
     """All layers on one frame. The same positions enter every layer and every layer's state."""
 
+    state_keeps_positions: Final[bool]
+
     def __init__(self, config: ConfigDict):
         super().__init__()
+        self.state_keeps_positions = config.state_keeps_positions
         self.dropout = nn.Dropout(config.dropout_rate)
         # The reference wraps each block in a list of its own; names read `layers.{l}.0.`.
         self.layers = nn.ModuleList(
@@ -143,7 +146,7 @@ class Encoder(nn.Module):
             for block in layer:
                 x = self.dropout(x + pos_embedding)
                 x, state = block(x, hidden[index] + pos_embedding)
-                new_hidden.append(state)
+                new_hidden.append(state if self.state_keeps_positions else state - pos_embedding)
         return x, new_hidden
 
 
@@ -173,6 +176,7 @@ class TorchRViT(nn.Module):
     num_layers: Final[int]
     concatenates: Final[bool]
     has_mlp_head: Final[bool]
+    learned_hidden_token: Final[bool]
 
     def __init__(self, config: ConfigDict):
         super().__init__()
@@ -192,6 +196,7 @@ class TorchRViT(nn.Module):
         self.num_patches = (config.image_size // config.patch_size) ** 2
         self.concatenates = config.readout == "class_and_hidden_tokens"
         self.has_mlp_head = config.head == "mlp"
+        self.learned_hidden_token = config.learned_hidden_token
 
         self.embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
         self.pos_embedding = nn.Parameter(torch.randn(1, self.num_patches + 1, width))
@@ -230,6 +235,8 @@ class TorchRViT(nn.Module):
         frames = video.shape[0] // batch
         tokens = self.embed(video).unflatten(0, (batch, frames))  # [B, T, S, D]
         first = self._seq.expand(-1, batch, -1, -1)  # [L, B, 1, D]
+        if not self.learned_hidden_token:
+            first = torch.zeros_like(first)
         hidden = list(torch.cat([first, state], dim=2).unbind(0))  # L x [B, S, D]
         last = tokens[:, 0, 0]  # [B, D], replaced at frame 0
 
