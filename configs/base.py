@@ -16,6 +16,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     if variant is not None:
         raise ValueError(f"configs/base.py has no variant {variant!r}")
     config = ConfigDict()
+    # A model to start from: a workdir, a checkpoint folder or a converted model; "": none. With a
+    # converted training checkpoint of PyTorch, the run goes on where PyTorch stopped.
+    config.init_from = ""
     config.seed = 8415  # of initial weights, shuffling and dropout; 0 to 2^32 - 1
 
     config.model = ConfigDict()
@@ -32,7 +35,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # Carry the re-attention parameters that the later PyTorch source creates and never uses, so
     # that its checkpoints convert there and back without loss. They take no part in anything.
     config.model.unused_reattention = False
-    # What a layer's state becomes: True: a + g, the positions stay in it (the reference); False: a + h.
+    # What a layer's state becomes. True: a + g, the positions stay in it (the reference's source);
+    # False: a + h, they do not. Other PyTorch files may compute it so.
     config.model.state_keeps_positions = True
     # Token 0 of the state before the first frame: True: learned (the reference); False: zeros.
     config.model.learned_hidden_token = True

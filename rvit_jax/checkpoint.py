@@ -25,6 +25,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from configs import base
 from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax.config import leaf_keys, lookup
 from rvit_jax.model import CompiledRViT, RViT, normalise
@@ -205,7 +206,10 @@ class Checkpoints:
                 data=ocp.args.JsonRestore(),
             ),
         )
-        return _with_items(state, restored.params, restored.optimizer), restored.data
+        state = with_variables(state, restored.params)
+        optimizer = restored.optimizer
+        state = state.replace(step=optimizer["step"], opt_state=optimizer["state"])
+        return state, restored.data
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong in the background."""
@@ -224,7 +228,8 @@ class Checkpoints:
 
     def _check_same_run(self, meta: dict[str, Any], step: int) -> None:
         """Refuses to go on with a config that gives another run."""
-        old, new = ConfigDict(meta["config"]), ConfigDict(self._description["config"])
+        old = with_defaults(ConfigDict(meta["config"]))
+        new = with_defaults(ConfigDict(self._description["config"]))
         keys = sorted(set(leaf_keys(old)) | set(leaf_keys(new)))
         changed = []
         for key in keys:
@@ -258,13 +263,12 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
 
 
-def _with_items(state: TrainState, variables: dict[str, Any], optimizer: Any) -> TrainState:
+def with_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
+    """A training state with a model's variables, trained and fixed, from nested dicts."""
     params, fixed = state.params, state.fixed
     nnx.replace_by_pure_dict(params, _select(variables, nnx.to_pure_dict(params)))
     nnx.replace_by_pure_dict(fixed, _select(variables, nnx.to_pure_dict(fixed)))
-    return state.replace(
-        step=optimizer["step"], opt_state=optimizer["state"], params=params, fixed=fixed
-    )
+    return state.replace(params=params, fixed=fixed)
 
 
 def _select(tree: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
@@ -330,7 +334,7 @@ def load(path: str | os.PathLike) -> LoadedModel:
     """
     folder = resolve_checkpoint(path)
     description = _read_description(folder)
-    config = ConfigDict(description["config"])
+    config = with_defaults(ConfigDict(description["config"]))
     model = RViT(config.model, rngs=nnx.Rngs(0))
     model.eval()
     state = nnx.state(model)
@@ -353,6 +357,22 @@ def load(path: str | os.PathLike) -> LoadedModel:
         path=folder,
         step=int(description.get("step", 0)),
     )
+
+
+def with_defaults(config: ConfigDict) -> ConfigDict:
+    """A config of an earlier version, with the keys that came later at what they were then.
+
+    A new key's default is what the code did before there was the key.
+    """
+    completed = base.get_config()
+    known = leaf_keys(completed)
+    for key in leaf_keys(config):
+        section, _, name = key.rpartition(".")
+        if key in known:
+            parent = lookup(completed, section) if section else completed
+            with parent.unlocked():
+                parent[name] = lookup(config, key)
+    return completed
 
 
 def resolve_checkpoint(path: str | os.PathLike) -> Path:

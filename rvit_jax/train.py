@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import input_pipeline
 from rvit_jax import checkpoint, evaluate, losses, optimizer, steps
+from rvit_jax.initialise import initialise
 from rvit_jax.model import RViT
 
 # Seconds between two looks at the device's sums: each look waits for the device.
@@ -229,7 +230,9 @@ class _Run:
         """The loop; see `train_and_evaluate`."""
         state, step = self.initial_state, 0
         restored = checkpoints.restore_latest(state)
-        if restored is not None:
+        if restored is None and self.config.init_from:
+            state, step = self._start_from_another(state)
+        elif restored is not None:
             state, position = restored
             self.train_data.set_state(position)
             step = int(state.step)
@@ -271,6 +274,20 @@ class _Run:
                 if every and step % every == 0 and not self._evaluation_is_due(step):
                     sums.fetch()
                     checkpoints.save(state, self.train_data.get_state(), None)
+
+    def _start_from_another(self, state: steps.TrainState) -> tuple[steps.TrainState, int]:
+        """The state of `config.init_from`, and the step that it stands at."""
+        start = initialise(self.config, state, self.steps_per_epoch)
+        step = int(start.state.step)
+        if step >= self.total_steps:
+            raise ValueError(
+                f"config.init_from={self.config.init_from} has {start.epochs} epochs behind it, "
+                f"config.num_epochs={self.config.num_epochs}: raise it to train on"
+            )
+        position = {**self.train_data.get_state(), "position": step}
+        self.train_data.set_state(position)
+        print(f"starting from {self.config.init_from}: {'; '.join(start.notes)}")
+        return start.state, step
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.config.evaluate_every_epochs * self.steps_per_epoch

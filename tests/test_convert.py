@@ -18,12 +18,16 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from torch import Tensor
 
+import input_pipeline
 import rvit_jax
 from configs.base import get_config
-from rvit_jax import losses, optimizer, steps
-from tests.small import small_config
+from rvit_jax import checkpoint, losses, optimizer, steps, train
+from rvit_jax.initialise import initialise
+from tests import jester_folder
+from tests.small import saved_model, small_config, small_model
 from weights_converter import adamw, archive, convert, mapping, prove, verify
 from weights_converter.__main__ import main
+from weights_converter.convert import to_torch
 from weights_converter.recognise import Finding, Recognised, recognise
 from weights_converter.run_archive import for_torch, seeded_clips
 from weights_converter.torch_rvit import TorchRViT
@@ -459,13 +463,37 @@ def test_nearly_the_same_function_is_not_proven(tmp_path, monkeypatch):
         to_flax(file, tmp_path / "out", prove=True)
 
 
-def test_state_without_positions_is_recognised(tmp_path, monkeypatch):
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "zeros"])
+@pytest.mark.parametrize("keeps", [True, False], ids=["a+g", "a+h"])
+@pytest.mark.parametrize("attention", ["linear", "softmax", "reattention"])
+def test_other_habits_of_the_state_are_found_and_kept(
+    tmp_path, monkeypatch, attention, keeps, learned
+):
+    """Shapes and code text do not tell them; the Flax model then has them too."""
     in_process(monkeypatch)
-    module = make_oracle(num_layers=1)
-    module.transformer = AddsH(module.transformer)
+    module = make_oracle(
+        attention=attention, readout="class_and_hidden_tokens", learned_hidden_token=learned
+    )
+    if not keeps:
+        module.transformer = AddsH(module.transformer)
     file = save(module, tmp_path / "a.pth", "trace")
-    with pytest.raises(ValueError, match=r"state a \+ h, token 0 learned"):
-        to_flax(file, tmp_path / "out", prove=True)
+    converted = to_flax(file, tmp_path / "out", prove=True)
+    assert converted.proof.candidate == prove.Candidate(attention, 4, keeps, learned)
+    assert converted.proof.logits <= 1e-5
+    assert converted.proof.state <= 1e-5
+    assert converted.config.model.state_keeps_positions == keeps
+    assert converted.config.model.learned_hidden_token == learned
+    loaded = rvit_jax.load(tmp_path / "out")
+    video = seeded_clips(2, FRAMES, 16)
+    with torch.no_grad():
+        theirs = module(for_torch(video), module.initial_state(2))[0].numpy()
+    np.testing.assert_allclose(loaded.model(video)[0], theirs, atol=1e-5 * np.abs(theirs).max())
+    parts = list(verify.verify(archive.read(file), tmp_path / "out"))
+    assert [part.name for part in parts if not part.equal] == []
+    to_torch(tmp_path / "out", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(back[name], tensor)
 
 
 class WantsCuda(torch.nn.Module):
@@ -803,3 +831,116 @@ def test_module_runs_as_a_command(tmp_path):
     )
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path} is a folder; expected a file of PyTorch weights\n"
+
+
+def torch_epochs(module, optim, data, num_steps: int) -> list[float]:
+    """Losses of PyTorch on the next batches of our own pipeline."""
+    loss = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    curve = []
+    for _ in range(num_steps):
+        batch = next(data)
+        real = torch.from_numpy(batch["mask"])
+        video = for_torch(batch["video"].astype(np.float32) / 127.5 - 1.0)
+        logits = module(video, module.initial_state(len(real)))[0]
+        value = loss(logits[real], torch.from_numpy(batch["label"])[real].long())
+        optim.zero_grad()
+        value.backward()
+        optim.step()
+        curve.append(value.item())
+    return curve
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "embedding frozen"])
+def test_a_run_goes_on_where_pytorch_stopped(tmp_path, frozen):
+    """Weights, moments, epoch and the learning rate's staircase, by `config.init_from`."""
+    lines = [f"{i};{jester_folder.CLASSES[i % 3]}" for i in range(1, 11)]
+    root = jester_folder.make_set(
+        tmp_path / "data", {"train": lines, "validation": lines[:2]}, num_frames=FRAMES
+    )
+    config = small_config(num_classes=3, attention="softmax", block_dropout_rate=0.0)
+    config.dataset.update(
+        data_dir=str(root), classes=jester_folder.CLASSES, num_frames=FRAMES, num_workers=0
+    )
+    config.update(batch_size=4, num_epochs=12)
+    config.optimizer.learning_rate = 2e-3
+    if frozen:
+        config.optimizer.frozen = ("patch_embedding/*",)
+    data = input_pipeline.get_dataset(config, "train")
+    torch.manual_seed(0)
+    module = TorchRViT(config.model)
+    module.embedding.requires_grad_(not frozen)
+    optim = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], 2e-3)
+    torch_epochs(module, optim, data, 8 * data.steps_per_epoch)
+    file = tmp_path / "rvit_7.pth"
+    torch.save({"net": module.state_dict(), "optimizer_state_dict": optim.state_dict()}, file)
+    theirs = torch_epochs(module, optim, data, 2 * data.steps_per_epoch)
+    for group in optim.param_groups:  # the reference's staircase, at epoch 10
+        group["lr"] *= 0.8
+    theirs += torch_epochs(module, optim, data, 2 * data.steps_per_epoch)
+
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(jester_folder.CLASSES))
+    arguments = ["to_flax", str(file), str(tmp_path / "out"), "--class_names", str(names)]
+    assert main([*arguments, "--attention", "softmax", "--num_heads", "4"]) == 0
+    config.init_from = str(tmp_path / "out")
+    losses_seen = []
+    validation = input_pipeline.get_dataset(config, "validation")
+    run = train._Run(
+        config, tmp_path / "run", input_pipeline.get_dataset(config, "train"), validation
+    )
+    train_step = run.train_step
+
+    def watched(state, batch):
+        state, sums = train_step(state, batch)
+        losses_seen.append(float(sums["loss"] / sums["clips"]))
+        return state, sums
+
+    run.train_step = watched
+    description = checkpoint.describe_model(config, jester_folder.CLASSES)
+    with checkpoint.Checkpoints(tmp_path / "run", description, keep=1) as checkpoints:
+        run.train(checkpoints, train._StopRequest())
+    assert len(losses_seen) == len(theirs) == 12
+    assert np.max(np.abs(np.subtract(losses_seen, theirs)) / theirs) <= 1e-4
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [24, 27, 30, 33, 36]
+
+
+def test_another_model_cannot_be_started_from(tmp_path):
+    config = small_config(attention="linear")
+    config.init_from = str(saved_model(tmp_path / "m", attention="softmax", num_layers=1))
+    _, state = steps.create_train_state(
+        rvit_jax.RViT(config.model, rngs=nnx.Rngs(0)),
+        optimizer.make_optimizer(config.optimizer, lambda step: 0.0),
+    )
+    with pytest.raises(ValueError, match=r"attention is 'softmax' there.*num_layers is 1 there"):
+        initialise(config, state, 3)
+
+
+def test_weights_alone_start_at_step_zero(tmp_path):
+    config = small_config(attention="softmax")
+    config.init_from = str(saved_model(tmp_path / "m", seed=3, attention="softmax"))
+    _, state = steps.create_train_state(
+        rvit_jax.RViT(config.model, rngs=nnx.Rngs(0)),
+        optimizer.make_optimizer(config.optimizer, lambda step: 0.0),
+    )
+    start = initialise(config, state, 3)
+    assert (int(start.state.step), start.epochs) == (0, 0)
+    expected = nnx.state(small_model(seed=3, attention="softmax"), nnx.Param)
+    for ours, theirs in zip(
+        jax.tree.leaves(start.state.params), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_model_of_an_earlier_version_is_read(tmp_path):
+    """Keys that its config lacks take the value that the code had then."""
+    folder = saved_model(tmp_path / "m")
+    description = json.loads((folder / "model.json").read_text())
+    for key in ("state_keeps_positions", "learned_hidden_token"):
+        del description["config"]["model"][key]
+    del description["config"]["init_from"]
+    (folder / "model.json").write_text(json.dumps(description))
+    loaded = rvit_jax.load(folder)
+    assert loaded.config.model.state_keeps_positions
+    assert loaded.config.init_from == ""

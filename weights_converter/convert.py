@@ -94,8 +94,7 @@ def to_flax(
     proof, why_not = None, "nothing was run: --prove runs a TorchScript file that you trust"
     if prove:
         proof, why_not = _prove(found, timeout, say)
-    kind, heads = _decide(found, proof, tried=prove)
-    config = _config(found, kind, heads, names)
+    config = _config(found, _decide(found, proof, tried=prove), names)
     optimizer = _read_optimizer(found, epoch, config, say)
     _write(out_dir, found, config, names, proof, why_not, optimizer)
     say(f"written to {out_dir}: {'proven' if proof else f'NOT PROVEN ({why_not})'}")
@@ -171,14 +170,14 @@ def _prove(found: Recognised, timeout: float, say: Say) -> tuple["Proof | None",
     return proof, None
 
 
-def _decide(found: Recognised, proof: "Proof | None", *, tried: bool) -> tuple[str, int]:
-    """Attention and heads: the proof's, else the evidence's.
+def _decide(found: Recognised, proof: "Proof | None", *, tried: bool) -> ConfigDict:
+    """`config.model`: the proof's reading, else the evidence's and the reference's state.
 
     Raises:
         ValueError: neither tells.
     """
     if proof is not None:
-        return proof.candidate.attention, proof.candidate.num_heads
+        return proof.candidate.model_config(found)
     missing = []
     if found.attention.value is None:
         kinds = "|".join(found.possible_attentions())
@@ -195,7 +194,7 @@ def _decide(found: Recognised, proof: "Proof | None", *, tried: bool) -> tuple[s
             f"{found.source.path} does not tell {', nor '.join(missing)}."
             + (" Or, if you trust it, run it with --prove" if run else "")
         )
-    return str(found.attention.value), int(found.num_heads.value)
+    return found.model_config(str(found.attention.value), int(found.num_heads.value))
 
 
 def _class_names(found: Recognised, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -215,17 +214,14 @@ def _class_names(found: Recognised, asked: Sequence[str] | None) -> tuple[str, .
 
 
 def _config(
-    found: Recognised,
-    kind: str,
-    heads: int,
-    class_names: tuple[str, ...],
+    found: Recognised, model_config: ConfigDict, class_names: tuple[str, ...]
 ) -> ConfigDict:
     """The reference's recipe with this model."""
     from input_pipeline.jester import CLASS_NAMES
     from rvit_jax.config import check_model_config
 
     config = base.get_config()
-    config.model = found.model_config(kind, heads)
+    config.model = model_config
     check_model_config(config.model)
     config.dataset.classes = () if class_names == CLASS_NAMES else class_names
     config.dataset.num_frames = baked_frames(found.source) or config.dataset.num_frames

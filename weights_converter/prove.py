@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from flax import nnx
 from ml_collections import ConfigDict
-from torch import Tensor
 from tqdm import tqdm
 
 import rvit_jax
@@ -65,10 +64,12 @@ class Candidate:
 
     def model_config(self, found: Recognised) -> ConfigDict:
         """`config.model` of the file, read like this."""
-        config = found.model_config(self.attention, self.num_heads)
-        config.state_keeps_positions = self.keeps_positions
-        config.learned_hidden_token = self.learned_token
-        return config
+        return found.model_config(
+            self.attention,
+            self.num_heads,
+            state_keeps_positions=self.keeps_positions,
+            learned_hidden_token=self.learned_token,
+        )
 
     def __str__(self) -> str:
         return (

@@ -78,13 +78,22 @@ class Recognised:
         """N of a frame."""
         return _num_patches(self.sizes)
 
-    def model_config(self, attention: str, num_heads: int) -> ConfigDict:
-        """`config.model` of one candidate."""
+    def model_config(
+        self,
+        attention: str,
+        num_heads: int,
+        *,
+        state_keeps_positions: bool = True,
+        learned_hidden_token: bool = True,
+    ) -> ConfigDict:
+        """`config.model` of one reading of the file."""
         config = base.get_config().model
         config.update(
             **self.sizes,
             attention=attention,
             num_heads=num_heads,
+            state_keeps_positions=state_keeps_positions,
+            learned_hidden_token=learned_hidden_token,
             unused_reattention=self.has_reattention and attention != "reattention",
         )
         return config

@@ -81,14 +81,14 @@ def tensors_of(outputs: Any) -> list[Tensor]:
 
 
 def run_parts(
-    module: Any, names: dict[str, str], readout: str, video: np.ndarray
+    module: Any, names: dict[str, str], reading: dict[str, Any], video: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Drives a module's parts by hand over the frames of a clip.
 
     Args:
         module: TorchScript or `TorchRViT`; its parts are called with and give [B, S, D].
         names: the reference's root parameter names -> the module's.
-        readout: `config.model.readout`.
+        reading: `readout`, `state_keeps_positions` and `learned_hidden_token` of `config.model`.
         video: [B, T, H, W, 3].
 
     Returns:
@@ -105,7 +105,7 @@ def run_parts(
     with torch.no_grad():
         hidden = [
             torch.cat([token.expand(batch, -1, -1), token.new_zeros(batch, patches, width)], 1)
-            for token in first
+            for token in (first if reading["learned_hidden_token"] else torch.zeros_like(first))
         ]
         for t in range(frames):
             frame = for_torch(video[:, t : t + 1]).to(dtype)
@@ -113,11 +113,12 @@ def run_parts(
             parts["embedding"].append(embedded)
             x = torch.cat([roots["_cls"].expand(batch, -1, -1), embedded], 1)
             for index, block in enumerate(blocks):
-                x, hidden[index] = block(x + positions, hidden[index] + positions)
+                x, state = block(x + positions, hidden[index] + positions)
+                hidden[index] = state if reading["state_keeps_positions"] else state - positions
                 parts.setdefault(f"layers.{index}.state", []).append(hidden[index])
                 parts.setdefault(f"layers.{index}.output", []).append(x)
         tokens = [x[:, 0]]
-        if readout == "class_and_hidden_tokens":
+        if reading["readout"] == "class_and_hidden_tokens":
             tokens += [state[:, 0] for state in hidden]
         head = module.fc if hasattr(module, "fc") else module.classifier
         read_out = head(torch.cat(tokens, -1))
@@ -172,7 +173,7 @@ def main(file: str, request_file: str, out: str) -> None:
             batch, frames = request["clips"]
             video = seeded_clips(batch, frames, request["image_size"])
             try:
-                parts = run_parts(module, request["names"], request["readout"], video)
+                parts = run_parts(module, request["names"], request["reading"], video)
             except Exception as error:
                 result = {"failed": f"its parts cannot be called one by one: {last_line(error)}"}
             else:

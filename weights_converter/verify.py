@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 import rvit_jax
 from rvit_jax.checkpoint import LoadedModel
@@ -75,7 +76,12 @@ def verify(
             + "; ".join(f"{k} is {found.sizes[k]} and {config[k]}" for k in differing)
         )
     yield _compare_weights(found, loaded)
-    candidate = proving.Candidate(config.attention, config.num_heads)
+    candidate = proving.Candidate(
+        config.attention,
+        config.num_heads,
+        config.state_keeps_positions,
+        config.learned_hidden_token,
+    )
     if prove:
         yield from _compare_with_file(found, candidate, loaded, timeout)
     else:
@@ -100,8 +106,9 @@ def _compare_with_oracle(
     in_float64 = proving.make_oracle(found, candidate).double()
     config = loaded.config
     video = seeded_clips(1, PART_FRAMES, config.model.image_size)
-    theirs = run_parts(oracle, {}, config.model.readout, video)
-    yield from _parts(_run_parts(loaded.model.module, video), theirs, theirs, in_float64, video)
+    theirs = run_parts(oracle, {}, _reading(config.model), video)
+    ours = _run_parts(loaded.model.module, video)
+    yield from _parts(ours, theirs, theirs, in_float64, config.model, video)
     video = seeded_clips(1, config.dataset.num_frames, config.model.image_size)
     logits, exact = (proving.run_oracle(side, video)[0] for side in (oracle, in_float64))
     yield _logits(loaded, video, logits, relative_error(logits, exact))
@@ -123,7 +130,7 @@ def _compare_with_file(
         "clips": clips,
         "image_size": config.image_size,
         "names": {ours: theirs for ours, theirs in found.names.items() if ours in ROOTS},
-        "readout": config.readout,
+        "reading": _reading(config),
     }
     video = seeded_clips(*clips, config.image_size)
     try:
@@ -133,10 +140,16 @@ def _compare_with_file(
     else:
         theirs = {name: arrays[f"part_{i}"] for i, name in enumerate(result["parts"])}
         ours = _run_parts(loaded.model.module, video)
-        in_its_precision = run_parts(rounded, {}, config.readout, video)
-        yield from _parts(ours, theirs, in_its_precision, in_float64, video)
+        in_its_precision = run_parts(rounded, {}, _reading(config), video)
+        yield from _parts(ours, theirs, in_its_precision, in_float64, config, video)
     exact, rounding = (proving.run_oracle(side, answers.video)[0] for side in (in_float64, rounded))
     yield _logits(loaded, answers.video, answers.logits, relative_error(rounding, exact))
+
+
+def _reading(config: ConfigDict) -> dict[str, str | bool]:
+    """What of `config.model` the parts alone do not say."""
+    keys = ("readout", "state_keeps_positions", "learned_hidden_token")
+    return {key: config[key] for key in keys}
 
 
 def _parts(
@@ -144,11 +157,11 @@ def _parts(
     theirs: dict[str, np.ndarray],
     rounded: dict[str, np.ndarray],
     in_float64: TorchRViT,
+    config: ConfigDict,
     video: np.ndarray,
 ) -> Iterator[Part]:
     """Part by part; where PyTorch's own rounding does more than `BAR`, the bar is that."""
-    readout = "class_and_hidden_tokens" if in_float64.concatenates else "class_token"
-    exact = run_parts(in_float64, {}, readout, video.astype(np.float64))
+    exact = run_parts(in_float64, {}, _reading(config), video.astype(np.float64))
     for name, array in theirs.items():
         rounding = relative_error(rounded[name], exact[name])
         yield Part(name, relative_error(ours[name], array), _bar(rounding))
@@ -174,7 +187,9 @@ def _run_parts(model: rvit_jax.RViT, video: np.ndarray) -> dict[str, np.ndarray]
         positions = model.pos_embedding[...]
         parts, new_hidden = {"embedding": patches}, []
         for index, layer in enumerate(model.layers):
-            x, state = layer(x + positions, hidden[index] + positions)
+            g = hidden[index] + positions
+            x, gate = layer(x + positions, g)
+            state = gate + (g if model.state_keeps_positions else hidden[index])
             parts[f"layers.{index}.state"], parts[f"layers.{index}.output"] = state, x
             new_hidden.append(state)
         return parts, jnp.stack(new_hidden), model.read_out(x[:, 0], jnp.stack(new_hidden))
