@@ -53,6 +53,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dataset.classes = ()  # class names in index order; () = Jester's 27
     config.dataset.num_frames = 36  # T: frames of a clip
     config.dataset.frame_stride = 1  # source frames from one frame of a clip to the next
+    config.dataset.frame_rate = 12.0  # source frames a second: how fast prediction takes them
     config.dataset.sampling = "head"  # "head": frames 0, k, 2k, ... of the video, k = frame_stride
     # A video with fewer than num_frames frames: "repeat_last" repeats its last frame (the
     # reference); "ragged" stops there: the model reads `num_frames` of each clip.

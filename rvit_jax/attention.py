@@ -23,8 +23,13 @@ def _elu_plus_one(x: Array) -> Array:
     return jax.nn.elu(x) + 1.0
 
 
+def linear_attention_maps(q: Heads, k: Heads) -> AttentionMaps:
+    """Weights `(elu(q) + 1) . (elu(k) + 1)`: positive, neither scaled nor normalised."""
+    return _elu_plus_one(q) @ jnp.swapaxes(_elu_plus_one(k), -1, -2)
+
+
 def linear_attention(q: Heads, k: Heads, v: Heads) -> Heads:
-    """Attention with weights `(elu(q) + 1) . (elu(k) + 1)`, neither scaled nor normalised.
+    """The values summed with `linear_attention_maps`, which are not built.
 
     Deviation: the reference builds the S x S weights; `q (k^T v)` is the same number for S / C
     times fewer operations, and never holds a map.
@@ -86,16 +91,21 @@ class AttentionGate(nnx.Module):
         return q, k, v
 
     def maps(self, q: Heads, k: Heads) -> AttentionMaps:
-        """Softmax weights with which each query (row) sums the values, re-attended if so made."""
+        """The weights with which each query (row) sums the values, of whatever kind."""
+        if self.kind == "linear":
+            return linear_attention_maps(q, k)
         maps = softmax_attention_maps(q, k)
         if self.kind == "reattention":
             maps = jnp.einsum("bhqk,hg->bgqk", maps, self.reattention_kernel[...])
             maps = jnp.moveaxis(self.reattention_norm(jnp.moveaxis(maps, 1, -1)), -1, 1)
         return maps
 
+    def attend(self, q: Heads, k: Heads, v: Heads) -> Heads:
+        """The values summed with `maps(q, k)`; linear attention never builds the maps."""
+        return linear_attention(q, k, v) if self.kind == "linear" else self.maps(q, k) @ v
+
     def __call__(self, x: Tokens, g: Tokens) -> Tokens:
         """Returns the gate's output for the normalised frame tokens `x` and state tokens `g`."""
-        q, k, v = self.queries_keys_values(x, g)
-        attended = linear_attention(q, k, v) if self.kind == "linear" else self.maps(q, k) @ v
+        attended = self.attend(*self.queries_keys_values(x, g))
         attended = jnp.swapaxes(attended, 1, 2)  # [B, S, A, C]
         return self.to_out(attended.reshape(x.shape))  # heads side by side: [B, S, D]

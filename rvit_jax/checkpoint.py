@@ -86,7 +86,14 @@ def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, 
 
 
 # Keys of config.dataset that belong to a trained model.
-PREPROCESSING_KEYS = ("num_frames", "frame_stride", "sampling", "short_clips", "frame_packing")
+PREPROCESSING_KEYS = (
+    "num_frames",
+    "frame_stride",
+    "frame_rate",
+    "sampling",
+    "short_clips",
+    "frame_packing",
+)
 
 
 class _KeepLatestAndBest(policies.PreservationPolicy):

@@ -37,6 +37,7 @@ _RANGES = {
     "model.block_dropout_rate": (0.0, 0.99),
     "dataset.num_frames": (1, None),
     "dataset.frame_stride": (1, None),
+    "dataset.frame_rate": (0.01, 1e4),
     "dataset.num_workers": (0, None),
     "dataset.generate.train": (0, None),
     "dataset.generate.validation": (0, None),

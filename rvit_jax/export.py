@@ -165,25 +165,13 @@ def make_programs(model: CompiledRViT, what: Sequence[str], dtype: str) -> list[
     new_hidden = dataclasses.replace(hidden, name="new_hidden")  # ONNX names each array once
     logits = Argument("logits", "B K", ("b", num_classes), "float32")
 
-    # Stream by stream, mapped over the batch: the model asks for `len(frame)`, which a symbolic
-    # size cannot answer. The compiled program is as fast.
     def step(leaves, frame, hidden):
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-
-        def one_stream(frame, hidden):
-            logits, hidden = model.step(frame[None], hidden[:, None])
-            return logits[0], hidden[:, 0]
-
-        return jax.vmap(one_stream, in_axes=(0, 1), out_axes=(0, 1))(frame, hidden)
+        return model.step(frame, hidden)
 
     def clip(leaves, video):
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
-
-        def one_clip(video):
-            logits, hidden = model(video[None])
-            return logits[0], hidden[:, 0]
-
-        return jax.vmap(one_clip, out_axes=(0, 1))(video)
+        return model(video)
 
     programs = {
         "step": Program("step", step, leaves, (frame, hidden), (logits, new_hidden)),

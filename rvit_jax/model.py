@@ -187,6 +187,19 @@ class RViT(nnx.Module):
         zeros = jnp.zeros((num_layers, batch_size, self.num_patches, size), class_tokens.dtype)
         return jnp.concatenate([class_tokens, zeros], axis=2)
 
+    def embed(self, frame: Frame) -> Tokens:
+        """A frame [B, H, W, 3] as tokens [B, S, D]: the class token, then the patches."""
+        patches = self.patch_embedding(normalise(frame))  # [B, N, D]
+        batch_size, _, size = patches.shape
+        class_tokens = jnp.broadcast_to(self.class_token[...], (batch_size, 1, size))
+        return jnp.concatenate([class_tokens, patches], axis=1)
+
+    def next_state(self, gate: Tokens, hidden: Tokens) -> Tokens:
+        """A layer's state after a frame, from its gate's output and its state before."""
+        if self.state_keeps_positions:
+            hidden = hidden + self.pos_embedding[...]
+        return gate + hidden
+
     def encode_frame(
         self, frame: Frame, hidden: Hidden, key: PRNGKey | None = None
     ) -> tuple[ClassTokens, Hidden]:
@@ -200,22 +213,19 @@ class RViT(nnx.Module):
         Returns:
             The class token [B, D] after the last layer, and the state [L, B, S, D].
         """
-        patches = self.patch_embedding(normalise(frame))  # [B, N, D]
-        class_tokens = jnp.broadcast_to(self.class_token[...], (len(patches), 1, patches.shape[-1]))
-        x = jnp.concatenate([class_tokens, patches], axis=1)  # [B, S, D]
+        x = self.embed(frame)
         positions = self.pos_embedding[...]
         keys = split_key(key, 2 * len(self.layers))
         new_hidden = []
         for index, layer in enumerate(self.layers):
             x = self.dropout(x + positions, rngs=keys[2 * index])
-            g = hidden[index] + positions
             x, gate = layer(
                 x,
-                g,
+                hidden[index] + positions,
                 keys[2 * index + 1],
                 class_token_only=index == len(self.layers) - 1,
             )
-            new_hidden.append(gate + (g if self.state_keeps_positions else hidden[index]))
+            new_hidden.append(self.next_state(gate, hidden[index]))
         return x[:, 0], jnp.stack(new_hidden)
 
     def read_out(
@@ -258,8 +268,8 @@ class RViT(nnx.Module):
                 "call model.eval() first"
             )
         if hidden is None:
-            hidden = self.initial_hidden(len(video))
-        self._check_hidden(hidden, len(video))
+            hidden = self.initial_hidden(video.shape[0])
+        self._check_hidden(hidden, video.shape[0])
         frames_key, head_key = split_key(rngs)
 
         def read_frame(carry, inputs):
@@ -275,7 +285,7 @@ class RViT(nnx.Module):
                 )
             return new_carry, None
 
-        no_token = jnp.zeros((len(video), hidden.shape[-1]), hidden.dtype)
+        no_token = jnp.zeros((video.shape[0], hidden.shape[-1]), hidden.dtype)
         if num_frames is not None:
             num_frames = jnp.asarray(num_frames)
         frames = (jnp.arange(video.shape[1]), jnp.moveaxis(video, 1, 0))  # [T], [T, B, H, W, 3]
@@ -302,7 +312,7 @@ class RViT(nnx.Module):
             ValueError: a shape does not fit.
         """
         self._check_frames(frame, "frame [B, H, W, 3]", rank=4)
-        self._check_hidden(hidden, len(frame))
+        self._check_hidden(hidden, frame.shape[0])
         class_token, new_hidden = self.encode_frame(frame, hidden)
         logits = self.read_out(class_token, new_hidden)
         if active is not None:

@@ -28,7 +28,6 @@ import numpy as np
 
 from input_pipeline.video import Frame, RateSampler, Video, open_video
 
-DEFAULT_FRAME_RATE = 12.0  # of Jester's videos and of the generated ones
 TIMED_FRAMES = 10_000  # the latest so many are what the percentiles are of
 BAR_WIDTH = 30
 
@@ -370,7 +369,7 @@ def _open_stream(
     from rvit_jax.events import EventDetector
 
     dataset = loaded.config.dataset
-    rate = float(dataset.get("frame_rate") or DEFAULT_FRAME_RATE)
+    rate = float(dataset.frame_rate)
     if video.frame_rate is not None and video.frame_rate < 0.9 * rate / dataset.frame_stride:
         _warn(
             f"{video.name} has {video.frame_rate:g} frames per second, the model was trained on "

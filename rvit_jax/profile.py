@@ -47,7 +47,7 @@ from rvit_jax.checkpoint import load
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config, leaf_keys, suggest
 from rvit_jax.layers import UnusedParam
-from rvit_jax.model import EncoderBlock, RViT, normalise
+from rvit_jax.model import EncoderBlock, RViT
 
 LEAST_REPEATS = 5
 
@@ -251,15 +251,10 @@ def _medians_ms(calls: dict[str, Call], seconds: float) -> dict[str, float]:
     return {name: statistics.median(values) * 1e3 for name, values in times.items()}
 
 
-def embed(model: RViT, frame: jax.Array) -> jax.Array:
-    """The part "patch embedding": [B, N, D] for a frame [B, H, W, 3]."""
-    return model.patch_embedding(normalise(frame))
-
-
 def attend(layer: EncoderBlock, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The part "attention" of a layer: what goes to its MLP, and its new state, [B, S, D] both."""
-    a = layer.attention(layer.norm_input(x), layer.norm_hidden(g))
-    return x + a, a + g
+    """The part "attention" of a layer: what goes to its MLP, and its gate, [B, S, D] both."""
+    gate = layer.attention(layer.norm_input(x), layer.norm_hidden(g))
+    return x + gate, gate
 
 
 def transform(layer: EncoderBlock, y: jax.Array) -> jax.Array:
@@ -281,19 +276,16 @@ def run_parts(
         hidden: [L, B, S, D].
         call: (part's name, module, function, *inputs) -> `function(module, *inputs)`.
     """
-    patches = call("patch embedding", model, embed, frame)
-    batch_size, _, size = patches.shape
+    x = call("patch embedding", model, RViT.embed, frame)
     positions = model.pos_embedding[...]
-    class_tokens = jnp.broadcast_to(model.class_token[...], (batch_size, 1, size))
-    x = jnp.concatenate([class_tokens, patches], axis=1)
     new_hidden = []
     for index, layer in enumerate(model.layers):
         g = hidden[index] + positions
-        y, layer_hidden = call(f"layer {index}: attention", layer, attend, x + positions, g)
+        y, gate = call(f"layer {index}: attention", layer, attend, x + positions, g)
         if index == len(model.layers) - 1:
             y = y[:, :1]
         x = call(f"layer {index}: MLP", layer, transform, y)
-        new_hidden.append(layer_hidden)
+        new_hidden.append(model.next_state(gate, hidden[index]))
     return call("read-out", model, RViT.read_out, x[:, 0], jnp.stack(new_hidden))
 
 

@@ -71,8 +71,13 @@ def test_the_parts_hold_every_parameter(keys):
     assert ours == sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def test_the_parts_in_a_row_are_the_step():
-    model = small_model(attention="reattention", readout="class_and_hidden_tokens")
+@pytest.mark.parametrize("keeps_positions", [True, False])
+def test_the_parts_in_a_row_are_the_step(keeps_positions):
+    model = small_model(
+        attention="reattention",
+        readout="class_and_hidden_tokens",
+        state_keeps_positions=keeps_positions,
+    )
     frame = random_video(2, 1)[:, 0]
     step = CompiledRViT(model).step
     _, hidden = step(frame, model.initial_hidden(2))

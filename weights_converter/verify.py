@@ -181,15 +181,12 @@ def _run_parts(model: rvit_jax.RViT, video: np.ndarray) -> dict[str, np.ndarray]
 
     @nnx.jit
     def read_frame(model, frame, hidden):
-        patches = model.patch_embedding(frame)
-        tokens = jnp.broadcast_to(model.class_token[...], (len(patches), 1, patches.shape[-1]))
-        x = jnp.concatenate([tokens, patches], axis=1)
+        x = model.embed(frame)
         positions = model.pos_embedding[...]
-        parts, new_hidden = {"embedding": patches}, []
+        parts, new_hidden = {"embedding": x[:, 1:]}, []
         for index, layer in enumerate(model.layers):
-            g = hidden[index] + positions
-            x, gate = layer(x + positions, g)
-            state = gate + (g if model.state_keeps_positions else hidden[index])
+            x, gate = layer(x + positions, hidden[index] + positions)
+            state = model.next_state(gate, hidden[index])
             parts[f"layers.{index}.state"], parts[f"layers.{index}.output"] = state, x
             new_hidden.append(state)
         return parts, jnp.stack(new_hidden), model.read_out(x[:, 0], jnp.stack(new_hidden))
