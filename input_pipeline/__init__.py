@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -20,7 +21,12 @@ _GENERATION_LIMIT_S = 3600.0  # how long other processes wait for the one that d
 
 
 def get_dataset(
-    config: ConfigDict, split: str, *, process_index: int = 0, process_count: int = 1
+    config: ConfigDict,
+    split: str,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    ids: Sequence[str] = (),
 ) -> BatchIterator:
     """Opens one split as an iterator of batches of clips.
 
@@ -34,12 +40,14 @@ def get_dataset(
         split: "train", "validation" or "test".
         process_index: which process this is; it gets rows [p * B/P, (p + 1) * B/P) of each batch.
         process_count: P, the number of processes; divides `config.batch_size`.
+        ids: these clips of the split alone, in this order; () means all.
 
     Returns:
         The iterator; see `loader.BatchIterator` for its state, its properties and `close`.
 
     Raises:
-        ValueError: a key has a value that cannot be, or the CSV files and folders do not fit.
+        ValueError: a key has a value that cannot be, the CSV files and folders do not fit, or the
+            split has no clip of one of the `ids`.
         FileNotFoundError: the data, a CSV file or the folder of a clip is missing.
     """
     from input_pipeline import jester, loader  # loader brings Grain, and Grain brings jax
@@ -51,8 +59,9 @@ def get_dataset(
     data_dir = os.path.expanduser(config.dataset.data_dir)
     if config.dataset.name == "gestures":
         _provide_gestures(config, data_dir, process_index)
+    clips = jester.read_split(data_dir, split, tuple(config.dataset.classes), config.dataset.name)
     return loader.BatchIterator(
-        jester.read_split(data_dir, split, tuple(config.dataset.classes), config.dataset.name),
+        clips.select(ids) if ids else clips,
         options,
         batch_size=config.batch_size,
         process_index=process_index,

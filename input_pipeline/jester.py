@@ -100,6 +100,26 @@ class Split:
     labels: np.ndarray | None
     class_names: tuple[str, ...]
 
+    def select(self, ids: Sequence[str]) -> Split:
+        """The clips `ids` alone, in that order.
+
+        Raises:
+            ValueError: an id is not in the split, or given twice.
+        """
+        rows = {clip_id: row for row, clip_id in enumerate(self.ids)}
+        unknown = [clip_id for clip_id in ids if clip_id not in rows]
+        if unknown:
+            raise ValueError(
+                f"the {self.name} split has no clip {_few(unknown)}; its {len(self.ids)} ids begin "
+                f"with {', '.join(self.ids[:3])}"
+            )
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"a clip is asked for twice: {', '.join(ids)}")
+        labels = self.labels
+        if labels is not None:
+            labels = labels[[rows[clip_id] for clip_id in ids]]
+        return dataclasses.replace(self, ids=tuple(ids), labels=labels)
+
 
 @dataclasses.dataclass(frozen=True)
 class _Row:

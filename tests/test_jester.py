@@ -197,3 +197,15 @@ def test_an_empty_or_missing_folder_of_frames_is_named(tmp_path):
         jester.frame_files(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"cannot list the frames in {tmp_path}/5: No such"):
         jester.frame_files(str(tmp_path / "5"))
+
+
+def test_selected_clips_keep_their_labels_and_the_order_asked_for(tmp_path):
+    make_set(tmp_path, {"validation": labelled(1, 6)})
+    split = jester.read_split(tmp_path, "validation", CLASSES)
+    chosen = split.select(("5", "2"))
+    assert chosen.ids == ("5", "2")
+    assert [CLASSES[label] for label in chosen.labels] == [CLASSES[5 % 3], CLASSES[2 % 3]]
+    with pytest.raises(ValueError, match=r"no clip 7, 8; its 6 ids begin with 1, 2, 3"):
+        split.select(("7", "5", "8"))
+    with pytest.raises(ValueError, match="asked for twice"):
+        split.select(("5", "5"))
