@@ -1,11 +1,14 @@
 """Evaluation of one split: every clip once, padding masked, exact whatever the batch size.
 
+batch -> logits after every frame -> metrics, anytime accuracy -> JSON, CSV, pictures, a page
+
 Deviation: the reference shuffles the validation split, drops its last batch and divides by the
 index of the last one.
 """
 
 import csv
 import dataclasses
+import heapq
 import itertools
 import json
 import os
@@ -22,13 +25,37 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
-from rvit_jax import checkpoint, losses, steps
+from rvit_jax import anytime, checkpoint, losses, steps
 from rvit_jax.config import suggest
 from rvit_jax.metrics import ClassificationMetrics
 
 EvalStep = Callable[[nnx.State, nnx.State, steps.Batch], tuple[Array, Array]]
 # What the compiled steps take of a batch; ids stay on the host.
 DEVICE_KEYS = ("video", "label", "num_frames", "mask")
+WORST_CLIPS = 12  # that the report shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip and what the model made of it.
+
+    Attributes:
+        id: of the clip.
+        video: uint8 [num_frames, H, W, 3], as the model saw it.
+        probabilities: [K], after the last frame.
+        label: the true class's index, -1 without labels.
+    """
+
+    id: str
+    video: np.ndarray
+    probabilities: np.ndarray
+    label: int
+
+    @property
+    def doubt(self) -> float:
+        """How bad the answer is, 0 to 1: what the true class lacks; unlabelled, the likeliest."""
+        wanted = self.label if self.label >= 0 else self.probabilities.argmax()
+        return float(1.0 - self.probabilities[wanted])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +68,8 @@ class SplitResult:
         label: [clips], -1 without labels.
         metrics: see `ClassificationMetrics.result`; None without labels.
         confusion: [K, K], true by predicted; None without labels.
+        answers: after every frame; None without labels, or where they were not asked for.
+        worst: the clips with the worst answers, the worst first; empty unless asked for.
     """
 
     ids: list[str]
@@ -48,6 +77,8 @@ class SplitResult:
     label: np.ndarray
     metrics: dict[str, float | int] | None
     confusion: np.ndarray | None
+    answers: anytime.Answers | None = None
+    worst: tuple[Clip, ...] = ()
 
 
 def on_device(batch: dict[str, Any]) -> steps.Batch:
@@ -63,18 +94,21 @@ def evaluate_split(
     *,
     num_classes: int,
     label_index: np.ndarray | None = None,
+    num_worst: int = 0,
     progress: str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SplitResult | None:
     """Runs a model over one pass of a data set.
 
     Args:
-        eval_step: compiled, see `steps.make_eval_step`.
+        eval_step: compiled, see `steps.make_eval_step`; or `steps.make_anytime_step`, which gives
+            the answers after every frame.
         params: the model's parameters.
         fixed: its other variables.
         dataset: one pass, see `input_pipeline.get_dataset`.
         num_classes: K of the model.
         label_index: [classes of the data set] -> the model's class index; the same by default.
+        num_worst: clips to keep for `SplitResult.worst`.
         progress: text before the progress bar; none without.
         should_stop: asked before each batch.
 
@@ -84,8 +118,7 @@ def evaluate_split(
     Raises:
         ValueError: logits that are not finite.
     """
-    metrics = ClassificationMetrics(num_classes)
-    ids, probabilities, labels = [], [], []
+    results = _Results(num_classes, dataset.has_labels, num_worst)
     bar = tqdm(
         total=dataset.num_clips,
         desc=progress,
@@ -99,24 +132,68 @@ def evaluate_split(
         for batch in itertools.islice(dataset, dataset.steps_per_epoch):
             if should_stop():
                 return None
-            mask, label = batch["mask"], batch["label"]
             if label_index is not None and dataset.has_labels:
-                label = np.where(mask, label_index[label], 0).astype(np.int32)
-            logits, loss = eval_step(params, fixed, on_device({**batch, "label": label}))
-            logits = np.asarray(logits)
-            if dataset.has_labels:
-                metrics.update(logits, np.asarray(loss), label, mask)
-            ids.extend(batch["id"][mask].tolist())
-            probabilities.append(np.asarray(jax.nn.softmax(logits[mask], axis=-1)))
-            labels.append(label[mask] if dataset.has_labels else np.full(mask.sum(), -1, np.int32))
-            bar.update(int(mask.sum()))
-    return SplitResult(
-        ids=ids,
-        probabilities=np.concatenate(probabilities),
-        label=np.concatenate(labels),
-        metrics=metrics.result() if dataset.has_labels else None,
-        confusion=metrics.confusion if dataset.has_labels else None,
-    )
+                label = np.where(batch["mask"], label_index[batch["label"]], 0).astype(np.int32)
+                batch = {**batch, "label": label}
+            logits, loss = eval_step(params, fixed, on_device(batch))
+            results.add(batch, np.asarray(logits), np.asarray(loss))
+            bar.update(int(batch["mask"].sum()))
+    return results.result()
+
+
+class _Results:
+    """Collects what `SplitResult` holds, batch by batch."""
+
+    def __init__(self, num_classes: int, has_labels: bool, num_worst: int):
+        self._has_labels, self._num_worst = has_labels, num_worst
+        self._metrics = ClassificationMetrics(num_classes)
+        self._ids: list[str] = []
+        self._probabilities: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._answers: list[anytime.Answers] = []
+        self._worst: list[Clip] = []
+
+    def add(self, batch: dict[str, Any], logits: np.ndarray, loss: np.ndarray) -> None:
+        """Takes a batch; its logits are [B, K], or [B, T, K] after every frame."""
+        mask, num_frames = batch["mask"], batch["num_frames"]
+        by_frame = None
+        if logits.ndim == 3:
+            by_frame, logits = logits, logits[np.arange(len(mask)), num_frames - 1]
+        label = np.full(mask.sum(), -1, np.int32)
+        if self._has_labels:
+            self._metrics.update(logits, loss, batch["label"], mask)
+            label = batch["label"][mask]
+            if by_frame is not None:
+                every = np.asarray(jax.nn.softmax(by_frame[mask], axis=-1))
+                answers = anytime.Answers.from_probabilities(every, num_frames[mask], label)
+                self._answers.append(answers)
+        probabilities = np.asarray(jax.nn.softmax(logits[mask], axis=-1))
+        self._ids.extend(batch["id"][mask].tolist())
+        self._probabilities.append(probabilities)
+        self._labels.append(label)
+        if self._num_worst:
+            clips = [
+                Clip(str(batch["id"][row]), batch["video"][row, : num_frames[row]], answer, int(k))
+                for row, answer, k in zip(np.flatnonzero(mask), probabilities, label, strict=True)
+            ]
+            worst = heapq.nlargest(
+                self._num_worst, [*self._worst, *clips], key=lambda clip: clip.doubt
+            )
+            # Copied, or a clip that is kept would keep its batch.
+            self._worst = [dataclasses.replace(c, video=c.video.copy()) for c in worst]
+
+    def result(self) -> SplitResult:
+        """All of it."""
+        labelled = self._has_labels
+        return SplitResult(
+            ids=self._ids,
+            probabilities=np.concatenate(self._probabilities),
+            label=np.concatenate(self._labels),
+            metrics=self._metrics.result() if labelled else None,
+            confusion=self._metrics.confusion if labelled else None,
+            answers=anytime.Answers.concatenate(self._answers) if self._answers else None,
+            worst=tuple(self._worst),
+        )
 
 
 def make_record(
@@ -145,8 +222,7 @@ def evaluate(
     """Evaluates a checkpoint on a split of the config's data set and writes the results.
 
     Model, preprocessing and class names are the checkpoint's, data set and batch the config's;
-    labels are matched by name. Files, in `WORKDIR/evaluation/`: `SPLIT.json` (the record),
-    `SPLIT_predictions.csv` (a line per clip), `SPLIT_confusion.csv` (true by predicted).
+    labels are matched by name. See `write_results` for the files.
 
     Args:
         config: of the run.
@@ -163,17 +239,22 @@ def evaluate(
         FileNotFoundError: no checkpoint, no data.
         ValueError: the checkpoint and the config contradict each other.
     """
+    from rvit_jax import report
+
     checkpoint.check_writable(workdir)
     loaded = checkpoint.load(checkpoint_path)
     config = use_checkpoint_config(config, loaded.config, overrides)
     dataset = input_pipeline.get_dataset(config, split)
     module = loaded.model.module
     graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
-    eval_step = jax.jit(
-        steps.make_eval_step(graphdef, losses.make_loss(config.loss), ragged=is_ragged(config))
-    )
+    loss_per_clip = losses.make_loss(config.loss)
+    if config.dataset.frame_packing == "channel_planes":
+        # Its frames hold colours of other moments: there is no "before the clip is over".
+        eval_step = steps.make_eval_step(graphdef, loss_per_clip, ragged=is_ragged(config))
+    else:
+        eval_step = steps.make_anytime_step(graphdef, loss_per_clip)
     result = evaluate_split(
-        eval_step,
+        jax.jit(eval_step),
         params,
         fixed,
         dataset,
@@ -181,11 +262,21 @@ def evaluate(
         label_index=(
             match_labels(dataset.class_names, loaded.class_names) if dataset.has_labels else None
         ),
+        num_worst=WORST_CLIPS,
         progress=f"evaluating {split}",
     )
     dataset.close()
     record = make_record(result, split, config.dataset.frame_order, loaded.path, loaded.step)
-    write_results(workdir, record, result, loaded.class_names)
+    measured = None
+    if result.answers is not None:
+        seconds = config.dataset.frame_stride / config.dataset.frame_rate
+        measured = anytime.measure(result.answers, seconds)
+        record["anytime_area"] = measured["area"]
+        record["expected_calibration_error"] = measured["by_fraction"][
+            "expected_calibration_error"
+        ][-1]
+    write_results(workdir, record, result, measured, loaded.class_names)
+    report.write_report(workdir, record, result, measured, config, loaded)
     return record
 
 
@@ -234,14 +325,33 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> np
 
 
 def write_results(
-    workdir: Path, record: dict[str, Any], result: SplitResult, class_names: Sequence[str]
+    workdir: Path,
+    record: dict[str, Any],
+    result: SplitResult,
+    measured: dict[str, Any] | None,
+    class_names: Sequence[str],
 ) -> None:
-    """Writes a split's record, predictions and confusion under `WORKDIR/evaluation/`."""
+    """Writes a split's figures under `WORKDIR/evaluation/`.
+
+    `SPLIT.json` (the record), `SPLIT_predictions.csv` (a line per clip), `SPLIT_confusion.csv`
+    (true by predicted), and for `measured` (see `anytime.measure`) `SPLIT_anytime.json` and
+    pictures: `SPLIT_anytime.png`, `SPLIT_reliability.png`, `SPLIT_calibration_error.png`. Controls
+    have `_shuffled` or `_single` behind SPLIT.
+    """
+    from rvit_jax import figures  # brings matplotlib, which training does without
+
     folder = Path(workdir) / "evaluation"
     stem = record["split"]
     if record["frame_order"] != "forward":
         stem += f"_{record['frame_order']}"
     checkpoint.write_json(folder / f"{stem}.json", record)
+    if measured is not None:
+        checkpoint.write_json(folder / f"{stem}_anytime.json", measured)
+        figures.write_png(figures.anytime_curve(measured), folder / f"{stem}_anytime.png")
+        figures.write_png(figures.reliability(measured), folder / f"{stem}_reliability.png")
+        figures.write_png(
+            figures.calibration_error(measured), folder / f"{stem}_calibration_error.png"
+        )
     predicted = result.probabilities.argmax(axis=-1)
     rows = [("id", "predicted", "probability", "label")]
     for clip_id, row, index, label in zip(

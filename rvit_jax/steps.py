@@ -95,11 +95,45 @@ def make_eval_step(
     """
 
     def eval_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
-        model = nnx.merge(graphdef, params, fixed)
-        model.eval()
+        model = _merge(graphdef, params, fixed)
         num_frames = batch["num_frames"] if ragged else None
         logits, _ = model(batch["video"], num_frames=num_frames)
-        # A split without labels says -1, for which the loss means nothing and is not read.
-        return logits, loss_per_clip(logits, jnp.maximum(batch["label"], 0))
+        return logits, _loss(loss_per_clip, logits, batch)
 
     return eval_step
+
+
+def make_anytime_step(
+    graphdef: nnx.GraphDef, loss_per_clip: Callable[[Array, Array], Array]
+) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
+    """The function (params, fixed, batch) -> (logits after every frame [B, T, K], loss [B]).
+
+    The loss is that of the answer after each clip's last real frame. Later answers mean nothing.
+    """
+
+    def anytime_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
+        model = _merge(graphdef, params, fixed)
+        video = batch["video"]
+
+        def read_frame(hidden, frame):
+            logits, hidden = model.step(frame, hidden)
+            return hidden, logits
+
+        hidden = model.initial_hidden(video.shape[0])
+        _, logits = jax.lax.scan(read_frame, hidden, jnp.moveaxis(video, 1, 0))
+        logits = jnp.moveaxis(logits, 0, 1)  # [B, T, K]
+        last = jnp.take_along_axis(logits, batch["num_frames"][:, None, None] - 1, axis=1)[:, 0]
+        return logits, _loss(loss_per_clip, last, batch)
+
+    return anytime_step
+
+
+def _merge(graphdef: nnx.GraphDef, params: nnx.State, fixed: nnx.State) -> RViT:
+    model = nnx.merge(graphdef, params, fixed)
+    model.eval()
+    return model
+
+
+def _loss(loss_per_clip: Callable[[Array, Array], Array], logits: Array, batch: Batch) -> Array:
+    # A split without labels says -1, for which the loss means nothing and is not read.
+    return loss_per_clip(logits, jnp.maximum(batch["label"], 0))

@@ -27,6 +27,7 @@ from rvit_jax.model import RViT
 
 # Seconds between two looks at the device's sums: each look waits for the device.
 LOOK_EVERY_S = 2.0
+TRAINING_SUMS = "training_sums"  # beside the data position in a checkpoint
 
 
 class Interrupted(Exception):  # noqa: N818 - the run was asked to stop; nothing failed
@@ -98,9 +99,9 @@ class Records:
         return records[-1] if records and records[-1]["step"] == step else None
 
     def write(self, record: dict[str, Any], training: dict[str, float]) -> None:
-        """Appends an evaluation; `training` goes to TensorBoard with it."""
+        """Appends an evaluation, with `training`'s means since the one before."""
         with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({**record, "training": training}) + "\n")
         scalars = {f"validation/{key}": record[key] for key in ("top1", "top5", "loss")}
         scalars.update({f"train/{key}": value for key, value in training.items()})
         self._writer.write_scalars(record["step"], scalars)
@@ -112,7 +113,12 @@ class Records:
 
 
 class _TrainingSums:
-    """Sums of the steps since the last evaluation; fetched seldom, since that waits."""
+    """Sums of the steps since the last evaluation; fetched seldom, since that waits.
+
+    Attributes:
+        total: as of the last `fetch`; it is saved with the state, so that a resumed run writes the
+            same records.
+    """
 
     def __init__(self):
         self._pending: list[dict[str, jax.Array]] = []
@@ -121,8 +127,7 @@ class _TrainingSums:
 
     def reset(self) -> None:
         """Starts anew, after an evaluation."""
-        self._total = {"clips": 0.0, "loss": 0.0, "right": 0.0}
-        self._steps = 0
+        self.total = {"clips": 0.0, "loss": 0.0, "right": 0.0}
 
     def add(self, sums: dict[str, jax.Array]) -> bool:
         """Takes a step's sums; True when it was time to look and they were fetched."""
@@ -139,24 +144,23 @@ class _TrainingSums:
             FloatingPointError: a loss or a gradient is not finite.
         """
         for sums in jax.device_get(self._pending):
-            self._steps += 1
             if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
                 raise FloatingPointError(
                     "the training loss or its gradient is not finite: lower "
                     "config.optimizer.learning_rate or set config.optimizer.clip_norm; the last "
                     "checkpoint is from before"
                 )
-            for key in self._total:
-                self._total[key] += float(sums[key])
+            for key in self.total:
+                self.total[key] += float(sums[key])
         self._pending.clear()
         self._looked = time.monotonic()
 
     def means(self) -> dict[str, float]:
         """Loss and top1 over the clips trained on since `reset`; empty where there were none."""
-        clips = self._total["clips"]
+        clips = self.total["clips"]
         if not clips:
             return {}
-        return {"loss": self._total["loss"] / clips, "top1": self._total["right"] / clips}
+        return {"loss": self.total["loss"] / clips, "top1": self.total["right"] / clips}
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -229,11 +233,13 @@ class _Run:
     def train(self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest) -> None:
         """The loop; see `train_and_evaluate`."""
         state, step = self.initial_state, 0
+        sums = _TrainingSums()
         restored = checkpoints.restore_latest(state)
         if restored is None and self.config.init_from:
             state, step = self._start_from_another(state)
         elif restored is not None:
             state, position = restored
+            sums.total |= position.pop(TRAINING_SUMS, {})
             self.train_data.set_state(position)
             step = int(state.step)
             if step > self.total_steps:
@@ -243,7 +249,7 @@ class _Run:
                     "--workdir"
                 )
             print(f"resuming {self.workdir} at step {step} of {self.total_steps}")
-        records, sums = Records(self.workdir), _TrainingSums()
+        records = Records(self.workdir)
         record = records.cut_back(step)
         with contextlib.closing(records), self._progress_bar(step) as bar:
             while True:
@@ -257,7 +263,7 @@ class _Run:
                         sums.reset()
                 if stop or step == self.total_steps or record is not None:
                     sums.fetch()  # a state whose loss is not finite is not saved
-                    checkpoints.save(state, self.train_data.get_state(), record)
+                    checkpoints.save(state, self._position(sums), record)
                 if stop or step == self.total_steps:
                     checkpoints.wait()
                     if stop:
@@ -273,7 +279,11 @@ class _Run:
                 every = self.config.checkpoint_every_steps
                 if every and step % every == 0 and not self._evaluation_is_due(step):
                     sums.fetch()
-                    checkpoints.save(state, self.train_data.get_state(), None)
+                    checkpoints.save(state, self._position(sums), None)
+
+    def _position(self, sums: _TrainingSums) -> dict[str, Any]:
+        """Where the data stands, and what the next record has so far."""
+        return {**self.train_data.get_state(), TRAINING_SUMS: sums.total}
 
     def _start_from_another(self, state: steps.TrainState) -> tuple[steps.TrainState, int]:
         """The state of `config.init_from`, and the step that it stands at."""

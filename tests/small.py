@@ -1,5 +1,6 @@
 """Small configs and models for the tests."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -37,13 +38,17 @@ def random_video(num_clips: int, num_frames: int, side: int = 16, *, seed: int =
     return jax.numpy.asarray(video, jax.numpy.float32)
 
 
-def saved_model(folder: Path, *, seed: int = 0, **model) -> Path:
+def saved_model(
+    folder: Path, *, seed: int = 0, class_names: Sequence[str] | None = None, **model
+) -> Path:
     """A checkpoint folder with a small untrained model, as `rvit_jax.load` takes it."""
+    if class_names is not None:
+        model["num_classes"] = len(class_names)
     config = small_config(**model)
     config.dataset.num_frames = 6
     built = small_model(seed=seed, **model)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute() / "params", nnx.to_pure_dict(nnx.state(built)))
-    names = [f"class {index}" for index in range(config.model.num_classes)]
+    names = class_names or [f"class {index}" for index in range(config.model.num_classes)]
     write_json(folder / "model.json", {**describe_model(config, names), "step": 0, "metrics": None})
     return folder
