@@ -8,9 +8,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from absl import flags, logging
+
+from configs import base
+from rvit_jax.config import leaf_keys, suggest
 
 
 class ArgumentError(Exception):
@@ -18,10 +22,17 @@ class ArgumentError(Exception):
 
 
 class Stopped(BaseException):
-    """SIGTERM, which ends the work as Ctrl-C does, so that what was begun is taken away."""
+    """A signal ends the work.
 
-    def __init__(self, signum: int):
-        super().__init__(signum)
+    SIGTERM raises it, so that what was begun is taken away as after Ctrl-C; work that saves its
+    state raises it with words of its own.
+
+    Attributes:
+        signum: the signal's number.
+    """
+
+    def __init__(self, signum: int, what_is_left: str = "nothing is left half written"):
+        super().__init__(f"stopped by signal {signum:d}; {what_is_left}")
         self.signum = signum
 
 
@@ -56,6 +67,27 @@ def parse(values: flags.FlagValues, argv: list[str], about: str) -> None:
         raise ArgumentError(f"{rest[1]!r} is no flag: flags begin with -- (--help lists them)")
 
 
+def check_config_arguments(argv: list[str]) -> None:
+    """What absl says at length or not at all about `--config` and `--config.KEY`.
+
+    Raises:
+        ArgumentError: the config has no such key, or there is no such file.
+    """
+    known = leaf_keys(base.get_config())
+    for argument in argv[1:]:
+        name, _, value = argument.lstrip("-").partition("=")
+        key = name.removeprefix("config.")
+        if key != name and key not in known:
+            raise ArgumentError(f"the config has no key {key!r}{suggest(key, known)}")
+        file = value.partition(":")[0]
+        if name == "config" and file and not Path(file).is_file():
+            files = sorted(str(f) for f in Path("configs").glob("[a-z]*.py") if f.stem != "base")
+            raise ArgumentError(
+                f"--config={value}: there is no file {file}; this repository's are "
+                f"{', '.join(files) or 'in its folder configs/'}"
+            )
+
+
 def run(work: Callable[[list[str]], None], argv: list[str]) -> int:
     """Does the work and returns the exit status; what goes wrong becomes one line on stderr."""
     debug = "--debug" in argv
@@ -67,14 +99,16 @@ def run(work: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Stopped) as stop:
-        signum = stop.signum if isinstance(stop, Stopped) else signal.SIGINT
-        print(f"stopped by signal {signum:d}; nothing is left half written", file=sys.stderr)
-        return 128 + signum
+        if not isinstance(stop, Stopped):
+            stop = Stopped(signal.SIGINT)
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
     except Exception as error:
         if debug:
             traceback.print_exc()
         # What our own checks raise speaks for itself; anything else is named.
-        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        known = isinstance(error, ValueError | OSError | FloatingPointError)
+        name = "" if known else f"{type(error).__name__}: "
         message = " ".join(f"{name}{error}".split())
         hint = "" if debug else " (--debug shows where)"
         print(f"error: {message}{hint}", file=sys.stderr)

@@ -7,141 +7,142 @@ signal n, with the state saved.
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from configs import base
-from rvit_jax.config import check_config, leaf_keys, suggest
+from rvit_jax.command import ArgumentError, check_config_arguments, parse, run, start
+from rvit_jax.config import check_config
 
-FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, and a variant after a colon: configs/gestures.py, configs/jester.py:v2. Any key "
-    "is set with --config.KEY=VALUE; configs/base.py lists them.",
-)
-flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "What to do.")
-flags.DEFINE_string(
-    "workdir", None, "Where the run writes; by default results/<config file's name>[_<variant>]."
-)
-flags.DEFINE_string(
-    "checkpoint",
-    None,
-    "What --mode=evaluate evaluates: a workdir (its best checkpoint), one checkpoint folder or a "
-    "converted model; by default the workdir.",
-)
-flags.DEFINE_enum(
-    "split", "validation", ["train", "validation", "test"], "What --mode=evaluate evaluates it on."
-)
-flags.DEFINE_bool("debug", False, "Show tracebacks and the libraries' log.")
+MODES = ("train", "evaluate", "visualize")
 
 
-class _ArgumentError(Exception):
-    """Wrong arguments: exit status 2."""
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command's flags; `argv` tells which config keys are set."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, and a variant after a colon: configs/gestures.py, configs/jester.py:v2. Any "
+        "key is set with --config.KEY=VALUE; configs/base.py lists them.",
+        flag_values=values,
+        sys_argv=argv,
+    )
+    flags.DEFINE_enum(
+        "mode",
+        "train",
+        MODES,
+        "train; evaluate a checkpoint on a split; visualize: draw what it attends to.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Where the run writes; by default results/<config file's name>[_<variant>].",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "What --mode=evaluate and --mode=visualize load: a workdir (its best checkpoint), one "
+        "checkpoint folder or a converted model; by default the workdir.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "split",
+        "validation",
+        ["train", "validation", "test"],
+        "Which clips they load.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "ids", [], "Clips that --mode=visualize draws: 1,2; the first four.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "query",
+        None,
+        "Whose attention --mode=visualize draws: ROW,COLUMN of a patch, from 0; by default the "
+        "class token's.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("debug", False, "Show tracebacks and the libraries' log.", flag_values=values)
+    return values
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """absl's parsing, with one line and status 2 for whatever is wrong in the arguments."""
-    if {"--help", "-help", "-h", "-?"} & set(argv[1:]):
-        print(__doc__, FLAGS.main_module_help(), sep="\n")
-        sys.exit(0)
-    try:
-        return _parse_or_raise(argv)
-    except _ArgumentError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def _parse_or_raise(argv: list[str]) -> list[str]:
-    known = leaf_keys(base.get_config())
-    for argument in argv[1:]:
-        name, _, value = argument.lstrip("-").partition("=")
-        file = value.split(":")[0]
-        if name.startswith("config.") and name.removeprefix("config.") not in known:
-            key = name.removeprefix("config.")
-            raise _ArgumentError(f"the config has no key {key!r}{suggest(key, known)}")
-        if name == "config" and file and not Path(file).is_file():
-            files = sorted(str(f) for f in Path("configs").glob("[a-z]*.py") if f.stem != "base")
-            raise _ArgumentError(
-                f"--config={value}: there is no file {file}; this repository's are "
-                f"{', '.join(files) or 'in its folder configs/'}"
-            )
-    try:
-        rest = FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        raise _ArgumentError(f"{error} (--help lists the flags)") from error
-    except flags.Error as error:
-        # A config file that raises comes as its whole traceback; the last line is the reason.
-        raise _ArgumentError(str(error).strip().splitlines()[-1]) from error
-    except Exception as error:  # a config file of the user's own may raise anything
-        reason = " ".join(str(error).split())
-        raise _ArgumentError(
-            f"the config cannot be read: {type(error).__name__}: {reason}"
-        ) from error
-    if len(rest) > 1:
-        raise _ArgumentError(f"{rest[1]!r} is no flag: flags begin with -- (--help lists them)")
-    if CONFIG.value is None:
-        raise _ArgumentError("--config is missing: say --config=configs/gestures.py")
-    if FLAGS.checkpoint and FLAGS.mode == "train":
-        raise _ArgumentError(
-            "--checkpoint is for --mode=evaluate; training goes on from the workdir's checkpoints"
+def _check(values: flags.FlagValues) -> None:
+    """Raises ArgumentError where flags contradict each other or the config cannot be."""
+    if values.config is None:
+        raise ArgumentError("--config is missing: say --config=configs/gestures.py")
+    if values.checkpoint and values.mode == "train":
+        raise ArgumentError(
+            "--checkpoint is for --mode=evaluate and --mode=visualize; training goes on from the "
+            "workdir's checkpoints, or starts from --config.init_from"
         )
-    return rest
+    for name in ("ids", "query"):
+        if getattr(values, name) and values.mode != "visualize":
+            raise ArgumentError(f"--{name} is for --mode=visualize")
+    try:
+        check_config(values.config, base.get_config(), training=values.mode == "train")
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
 
 
-def _workdir() -> Path:
-    if FLAGS.workdir:
-        return Path(FLAGS.workdir).expanduser()
-    file, _, variant = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+def _query(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    row, comma, column = text.partition(",")
+    if not (comma and row.strip().isdigit() and column.strip().isdigit()):
+        raise ArgumentError(f"--query={text}: expected ROW,COLUMN of a patch, such as 3,4")
+    return int(row), int(column)
+
+
+def _workdir(values: flags.FlagValues) -> Path:
+    if values.workdir:
+        return Path(values.workdir).expanduser()
+    file, _, variant = config_flags.get_config_filename(values["config"]).partition(":")
     return Path("results") / "_".join(filter(None, (Path(file).stem, variant)))
 
 
-def _run(_: list[str]) -> None:
-    config = CONFIG.value
-    try:
-        check_config(config, base.get_config(), training=FLAGS.mode == "train")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    import jax
+def _work(argv: list[str]) -> None:
+    check_config_arguments(argv)
+    values = define_flags(argv)
+    parse(values, argv, __doc__)
+    _check(values)
+    query = _query(values.query)
+    import jax  # takes a second, which wrong arguments need not wait for
 
     from rvit_jax import evaluate, train
 
+    config, workdir = values.config, _workdir(values)
     devices = jax.devices()
-    print(f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({_workdir()})")
-    if FLAGS.mode == "train":
-        train.train_and_evaluate(config, _workdir())
-    else:
-        overrides = list(config_flags.get_override_values(FLAGS["config"]))
-        checkpoint = FLAGS.checkpoint or _workdir()
-        record = evaluate.evaluate(config, _workdir(), FLAGS.split, checkpoint, overrides)
+    print(f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({workdir})")
+    if values.mode == "train":
+        train.train_and_evaluate(config, workdir)
+        return
+    overrides = list(config_flags.get_override_values(values["config"]))
+    checkpoint = values.checkpoint or workdir
+    if values.mode == "evaluate":
+        record = evaluate.evaluate(config, workdir, values.split, checkpoint, overrides)
         evaluate.print_record(record)
+        return
+    from rvit_jax import visualize
+
+    pictures = visualize.visualize(
+        config,
+        workdir,
+        values.split,
+        checkpoint,
+        ids=tuple(values.ids),
+        overrides=overrides,
+        query=query,
+    )
+    print("\n".join(map(str, pictures)))
 
 
-def main(argv: list[str]) -> None:
-    """Runs, and turns what went wrong into one line and an exit status."""
-    if not FLAGS.debug:
-        logging.set_verbosity(logging.WARNING)
-    from rvit_jax.train import Interrupted
-
-    try:
-        _run(argv)
-    except Interrupted as stop:
-        print(f"{stop}; the state is saved, and the same command goes on", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        print("stopped by signal 2; give the same command again", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if FLAGS.debug:
-            raise
-        # What our own checks raise speaks for itself; anything else is named.
-        known = isinstance(error, ValueError | OSError | FloatingPointError)
-        name = "" if known else f"{type(error).__name__}: "
-        message = " ".join(f"{name}{error}".split())
-        print(f"error: {message} (--debug shows where)", file=sys.stderr)
-        sys.exit(1)
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status."""
+    return run(_work, sys.argv if argv is None else argv)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    start(main)

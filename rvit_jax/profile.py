@@ -32,7 +32,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,8 +43,8 @@ from ml_collections import config_flags
 
 from configs import base
 from rvit_jax.checkpoint import load
-from rvit_jax.command import ArgumentError, parse, run, start
-from rvit_jax.config import check_config, leaf_keys, suggest
+from rvit_jax.command import ArgumentError, check_config_arguments, parse, run, start
+from rvit_jax.config import check_config
 from rvit_jax.layers import UnusedParam
 from rvit_jax.model import EncoderBlock, RViT
 
@@ -447,20 +446,8 @@ def _check_arguments(argv: list[str]) -> None:
     for name in ("config", "checkpoint"):
         if f"--{name}=" in argv:
             raise ArgumentError(f"--{name}= is empty: say what to profile (--help lists the flags)")
-    known = leaf_keys(base.get_config())
-    given = [argument.lstrip("-").partition("=")[::2] for argument in argv[1:]]
-    names = [name for name, _ in given]
-    for name, value in given:
-        key = name.removeprefix("config.")
-        if key != name and key not in known:
-            raise ArgumentError(f"the config has no key {key!r}{suggest(key, known)}")
-        file = value.partition(":")[0]
-        if name == "config" and file and not Path(file).is_file():
-            files = sorted(str(f) for f in Path("configs").glob("[a-z]*.py") if f.stem != "base")
-            raise ArgumentError(
-                f"--config={value}: there is no file {file}; this repository's are "
-                f"{', '.join(files) or 'in its folder configs/'}"
-            )
+    check_config_arguments(argv)
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
     if ("config" in names) == ("checkpoint" in names) and not {"help", "h", "?"} & set(names):
         raise ArgumentError(
             "say either --config=FILE, for a new model, or --checkpoint=DIR (--help lists the "

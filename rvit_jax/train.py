@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import input_pipeline
 from rvit_jax import checkpoint, evaluate, losses, optimizer, steps
+from rvit_jax.command import Stopped
 from rvit_jax.initialise import initialise
 from rvit_jax.model import RViT
 
@@ -30,16 +31,11 @@ LOOK_EVERY_S = 2.0
 TRAINING_SUMS = "training_sums"  # beside the data position in a checkpoint
 
 
-class Interrupted(Exception):  # noqa: N818 - the run was asked to stop; nothing failed
-    """A signal asked the run to stop; its state is saved.
-
-    Attributes:
-        signum: the signal's number.
-    """
+class Interrupted(Stopped):
+    """A signal asked the run to stop; its state is saved."""
 
     def __init__(self, signum: int):
-        super().__init__(f"stopped by signal {signum}")
-        self.signum = signum
+        super().__init__(signum, "the state is saved, and the same command goes on")
 
 
 class _StopRequest:
