@@ -103,6 +103,9 @@ def run(work: Callable[[list[str]], None], argv: list[str]) -> int:
             stop = Stopped(signal.SIGINT)
         print(stop, file=sys.stderr)
         return 128 + stop.signum
+    except BrokenPipeError:  # nobody reads on: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -187,6 +187,7 @@ class _Stream:
     curves: Any  # annotate.Curves | None
     events: Any  # events.EventDetector | None
     active: bool = True
+    failure: Exception | None = None  # what ended it before its end
     num_frames: int = 0
     num_steps: int = 0
     frame: Frame | None = None  # the last one read
@@ -311,7 +312,8 @@ def predict(args: argparse.Namespace) -> int:
 
     Raises:
         OSError: a file is missing or cannot be read or written.
-        ValueError: an input, the checkpoint or a value cannot be used.
+        ValueError: an input, the checkpoint or a value cannot be used. What fails amid its frames
+            does so after the results of the frames before it, and of the other inputs.
     """
     if args.input.count("-") > 1:
         raise ValueError("standard input (-) can be one input only")
@@ -359,6 +361,7 @@ def predict(args: argparse.Namespace) -> int:
         except BrokenPipeError:
             report.closed = True
         _finish(args, streams, states, report, list(milliseconds))
+        _raise_failures(streams)
         return signal.SIGPIPE if report.closed else signals.signum
 
 
@@ -453,7 +456,10 @@ def _run(
 def _next_due(stream: _Stream, report: _Report, signals: _Signals) -> bool:
     """Reads on to the next frame that the model should see; False at the end."""
     while stream.active:
-        frame = signals.next(stream.frames)
+        try:
+            frame = signals.next(stream.frames)
+        except (OSError, ValueError) as error:  # the other streams go on
+            stream.failure, frame = error, None
         if frame is None:
             stream.active = False
             return False
@@ -507,6 +513,15 @@ def _finish(
                 raise OSError(f"{args.state} cannot be written: {error.strerror}") from error
 
 
+def _raise_failures(streams: list[_Stream]) -> None:
+    """What could not be read, once the rest is safe."""
+    failures = [stream.failure for stream in streams if stream.failure is not None]
+    if len(failures) == 1:
+        raise failures[0]
+    if failures:
+        raise ValueError(f"{len(failures)} inputs failed: {'; '.join(map(str, failures))}")
+
+
 def _finish_stream(
     args: argparse.Namespace,
     index: int,
@@ -522,7 +537,7 @@ def _finish_stream(
         report.result(stream, milliseconds)
     except BrokenPipeError:
         report.closed = True
-    if stream.film is not None:
+    if stream.film is not None and stream.failure is None:  # no half films
         film = _numbered(args.save, index, len(args.input))
         picture = film.with_suffix(".png")
         stream.film.close()

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -309,3 +310,19 @@ def test_real_videos(capsys, checkpoint):
             count = sum(1 for _ in container.decode(video=0))
         _, lines, _ = run(capsys, "--checkpoint", checkpoint, "--input", file.path, "--json")
         assert lines[-1]["num_frames"] == count
+
+
+def test_an_input_that_fails_amid_its_frames_does_not_end_the_others(
+    capsys, checkpoint, folder, tmp_path
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "00004.png").write_bytes(b"not an image")
+    status, lines, err = run(
+        capsys, "--checkpoint", checkpoint, "--input", broken, "--input", folder, "--json"
+    )
+    assert status == 1
+    assert "cannot read the frame" in err
+    assert "00004.png" in err
+    results = {line["input"]: line["num_frames"] for line in lines if "result" in line}
+    assert results == {str(broken): 3, str(folder): 10}
