@@ -54,7 +54,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dataset.num_frames = 36  # T: frames of a clip
     config.dataset.frame_stride = 1  # source frames from one frame of a clip to the next
     config.dataset.frame_rate = 12.0  # source frames a second: how fast prediction takes them
-    config.dataset.sampling = "head"  # "head": frames 0, k, 2k, ... of the video, k = frame_stride
+    # "head": frames 0, k, 2k, ... of the video, k = frame_stride (the reference) | "dense": the
+    # same from a beginning drawn anew, in evaluation from the middle | "uniform": a frame from the
+    # middle of each of num_frames equal parts | "random": in training drawn within each part.
+    config.dataset.sampling = "head"
+    # How frames become squares. "squash": the whole frame, whatever its shape (the reference) |
+    # "short_side": its shape kept, the longer side cut: at random in training, else its middle.
+    config.dataset.resize = "squash"
     # A video with fewer than num_frames frames: "repeat_last" repeats its last frame (the
     # reference); "ragged" stops there: the model reads `num_frames` of each clip.
     config.dataset.short_clips = "repeat_last"
@@ -66,6 +72,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dataset.frame_order = "forward"
     # Threads (0) or this many worker processes decode. Order and clips do not depend on it.
     config.dataset.num_workers = 0
+    # A clip that cannot be read: "fail" stops and names it | "skip" leaves it out (its row is
+    # masked, later clips keep their place), warns, and counts it in every record.
+    config.dataset.on_error = "fail"
     # Keep decoded clips in memory after their first use (num_workers = 0 only). Bytes needed:
     # clips x num_frames x image_size^2 x 3.
     config.dataset.cache = False
@@ -76,6 +85,12 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dataset.generate.validation = 0
     config.dataset.generate.test = 0
     config.dataset.generate.seed = 0
+
+    # Evaluation reads each clip so often and averages the answers: from so many places in time
+    # (sampling "dense", "uniform" or "random"), with so many crops (resize "short_side").
+    config.views = ConfigDict()
+    config.views.temporal = 1
+    config.views.spatial = 1
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd"

@@ -27,6 +27,7 @@ def get_dataset(
     process_index: int = 0,
     process_count: int = 1,
     ids: Sequence[str] = (),
+    with_frame_indices: bool = False,
 ) -> BatchIterator:
     """Opens one split as an iterator of batches of clips.
 
@@ -41,6 +42,8 @@ def get_dataset(
         process_index: which process this is; it gets rows [p * B/P, (p + 1) * B/P) of each batch.
         process_count: P, the number of processes; divides `config.batch_size`.
         ids: these clips of the split alone, in this order; () means all.
+        with_frame_indices: batches have `frame_indices` int32 [B, T] too: which frames of the
+            source a clip's frames are, -1 behind its last.
 
     Returns:
         The iterator; see `loader.BatchIterator` for its state, its properties and `close`.
@@ -54,8 +57,8 @@ def get_dataset(
 
     _check_choice("split", split, jester.SPLITS)
     _check_choice("dataset.name", config.dataset.name, ("jester", "gestures"))
-    _check_choice("dataset.sampling", config.dataset.sampling, ("head",))
-    options = loader.ClipOptions.from_config(config)  # its checks come before any drawing
+    # Its checks come before any drawing.
+    options = loader.ClipOptions.from_config(config, training=split == "train")
     data_dir = os.path.expanduser(config.dataset.data_dir)
     if config.dataset.name == "gestures":
         _provide_gestures(config, data_dir, process_index)
@@ -68,6 +71,7 @@ def get_dataset(
         process_count=process_count,
         num_workers=config.dataset.num_workers,
         cache=config.dataset.cache,
+        with_frame_indices=with_frame_indices,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+
+from input_pipeline import transforms
+from input_pipeline.source import ChooseFrames, VideoInfo
 
 # Class index = position. This is the order of the reference and so of its checkpoint; it is NOT
 # the order of `jester-v1-labels.csv`.
@@ -84,7 +88,7 @@ _FRAME_NAME = re.compile(r"(\d+)\.jpe?g", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The clips of one split, in the order of its CSV.
+    """The clips of one split, in the order of its CSV: a `source.Source`.
 
     Attributes:
         name: "train", "validation" or "test".
@@ -99,6 +103,12 @@ class Split:
     ids: tuple[str, ...]
     labels: np.ndarray | None
     class_names: tuple[str, ...]
+
+    def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
+        """Decodes frames of a clip; see `source.Source`."""
+        files = frame_files(os.path.join(self.frames_dir, self.ids[index]))
+        decode = functools.cache(transforms.decode_image)
+        return [decode(files[frame]) for frame in choose(VideoInfo(len(files))).tolist()]
 
     def select(self, ids: Sequence[str]) -> Split:
         """The clips `ids` alone, in that order.

@@ -1,9 +1,8 @@
-"""Order, reading, batches, padding, worker processes and the resumable position."""
+"""Order, batches, padding, worker processes and the resumable position."""
 
 from __future__ import annotations
 
 import atexit
-import dataclasses
 import functools
 import hashlib
 import os
@@ -17,151 +16,19 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from input_pipeline import jester, sampling, transforms
+from input_pipeline.clips import PADDING, Clip, ClipOptions, ClipReader
 from input_pipeline.cpus import num_cpus
+from input_pipeline.source import Source
 
-Clip = dict[str, Any]
 Batch = dict[str, np.ndarray]
-
-PADDING = -1  # in place of a clip, on the rows that fill up an epoch's last batch
-FRAME_PACKINGS = ("rgb", "channel_planes")
-
 _MOST_THREADS = 16
 _WORKER_BUFFER = 2  # batches that each worker process keeps ready
 _PARENT_CHECK_S = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class ClipOptions:
-    """What makes a clip of a video; each attribute is the config key of the same name."""
-
-    image_size: int
-    num_frames: int
-    frame_stride: int = 1
-    short_clips: str = "repeat_last"
-    frame_packing: str = "rgb"
-    frame_order: str = "forward"
-    seed: int = 0
-
-    @classmethod
-    def from_config(cls, config: ConfigDict) -> ClipOptions:
-        """Takes the options from a whole config."""
-        dataset = config.dataset
-        return cls(
-            image_size=config.model.image_size,
-            num_frames=dataset.num_frames,
-            frame_stride=dataset.frame_stride,
-            short_clips=dataset.short_clips,
-            frame_packing=dataset.frame_packing,
-            frame_order=dataset.frame_order,
-            seed=config.seed,
-        )
-
-    def __post_init__(self):
-        """Refuses values that cannot be, and two that cannot go together."""
-        for key, choices in (
-            ("short_clips", sampling.SHORT_CLIPS),
-            ("frame_packing", FRAME_PACKINGS),
-            ("frame_order", sampling.FRAME_ORDERS),
-        ):
-            if getattr(self, key) not in choices:
-                raise ValueError(
-                    f"dataset.{key} is {getattr(self, key)!r}; choose one of: {', '.join(choices)}"
-                )
-        if self.frame_packing == "channel_planes" and self.short_clips == "ragged":
-            raise ValueError(
-                "dataset.frame_packing=channel_planes mixes the planes of all T frames, so every "
-                "clip must have T: set dataset.short_clips=repeat_last"
-            )
-
-
-class ClipReader:
-    """Reads a clip by its index in the split: files -> uint8 [T, H, W, 3].
-
-    With `cache`, a clip's pixels stay in memory after its first reading. Threads may share one.
-    """
-
-    def __init__(self, split: jester.Split, options: ClipOptions, *, cache: bool = False):
-        """Reads nothing yet."""
-        self._split = split
-        self._options = options
-        self._cache: dict[int, tuple[np.ndarray, int]] | None = {} if cache else None
-        self._locks: dict[int, threading.Lock] = {}
-        size = options.image_size
-        self._no_video = np.zeros((options.num_frames, size, size, 3), np.uint8)
-
-    def __call__(self, index: int) -> Clip:
-        """Returns the clip `index`, or for `PADDING` a row of zeros with `mask` False."""
-        if index == PADDING:
-            return {
-                "video": self._no_video,
-                "label": -1,
-                "num_frames": 1,
-                "mask": False,
-                "id": "",
-            }
-        video, num_frames = self._video(index)
-        labels = self._split.labels
-        return {
-            "video": video,
-            "label": -1 if labels is None else labels[index],
-            "num_frames": num_frames,
-            "mask": True,
-            "id": self._split.ids[index],
-        }
-
-    def _video(self, index: int) -> tuple[np.ndarray, int]:
-        if self._cache is None:
-            return self._read(self._split.ids[index])
-        # One lock a clip: reading ahead into the next epoch may ask for a clip in the making.
-        with self._locks.setdefault(index, threading.Lock()):
-            if index not in self._cache:
-                self._cache[index] = self._read(self._split.ids[index])
-            return self._cache[index]
-
-    def _read(self, clip_id: str) -> tuple[np.ndarray, int]:
-        """Decodes a clip; returns the video and its number of real frames."""
-        try:
-            return self._decode(clip_id)
-        except (ValueError, FileNotFoundError):
-            raise
-        except Exception as error:
-            # Above all a StopIteration, which Grain would take for the end of the data, and
-            # anything that could not travel from a worker process to this one.
-            raise RuntimeError(
-                f"reading the clip {clip_id!r} in {self._split.frames_dir} failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-
-    def _decode(self, clip_id: str) -> tuple[np.ndarray, int]:
-        options = self._options
-        files = jester.frame_files(os.path.join(self._split.frames_dir, clip_id))
-        indices = sampling.order_frames(
-            sampling.head_indices(len(files), options.num_frames, options.frame_stride),
-            options.frame_order,
-            seed=options.seed,
-            clip_id=clip_id,
-        )
-        if options.short_clips == "repeat_last":
-            indices = sampling.repeat_last(indices, options.num_frames)
-        video = np.empty_like(self._no_video)
-        first_row: dict[int, int] = {}  # of a frame: each is decoded once
-        for row, frame in enumerate(indices.tolist()):
-            if frame in first_row:
-                video[row] = video[first_row[frame]]
-            else:
-                video[row] = transforms.resize_frame(files[frame], options.image_size)
-                first_row[frame] = row
-        video[len(indices) :] = 0
-        if options.frame_packing == "channel_planes":
-            video = transforms.pack_channel_planes(video)
-        return video, len(indices)
-
-
 class ClipOrder:
-    """One process's rows, one after the other: row number -> index of a clip, or `PADDING`.
+    """One process's rows, one after the other: row number -> (clip, epoch), or `PADDING`.
 
     An epoch is ceil(num_clips / B) global batches of B rows, the last one filled up with padding
     (Deviation: the reference drops the clips of a last partial batch);
@@ -204,16 +71,16 @@ class ClipOrder:
         epoch = self.batches_per_epoch * self.rows
         return epoch if self._shuffle_seed is None else 2**52 // epoch * epoch
 
-    def __getitem__(self, row: int) -> int:
-        """Returns the index of the clip on this process's row `row`, or `PADDING`."""
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        """Returns the clip's index on this process's row `row` and its epoch, or `PADDING`."""
         batch, row_in_batch = divmod(row, self.rows)
         epoch, batch_in_epoch = divmod(batch, self.batches_per_epoch)
         place = batch_in_epoch * self._batch_size + self._first_row + row_in_batch
         if place >= self._num_clips:
             return PADDING
         if self._shuffle_seed is None:
-            return place
-        return int(_permutation(self._shuffle_seed, epoch, self._num_clips)[place])
+            return place, 0
+        return int(_permutation(self._shuffle_seed, epoch, self._num_clips)[place]), epoch
 
 
 @functools.lru_cache(maxsize=8)
@@ -221,24 +88,31 @@ def _permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_clips)
 
 
-def stack_clips(clips: Sequence[Clip]) -> Batch:
+def stack_clips(clips: Sequence[Clip], *, with_frame_indices: bool = False) -> Batch:
     """Makes a batch of clips, copying each video once."""
-    return {
+    label = np.array([clip["label"] for clip in clips])
+    batch = {
         "video": np.stack([clip["video"] for clip in clips]),
-        "label": np.array([clip["label"] for clip in clips], np.int32),
+        "label": label.astype(np.int32 if label.ndim == 1 else np.float32),
         "num_frames": np.array([clip["num_frames"] for clip in clips], np.int32),
         "mask": np.array([clip["mask"] for clip in clips], np.bool_),
         "id": np.array([clip["id"] for clip in clips], np.str_),
     }
+    if with_frame_indices:
+        batch["frame_indices"] = np.stack([clip["frame_indices"] for clip in clips])
+    return batch
 
 
 class BatchIterator(Iterator[Batch]):
     """Batches of one split, with a position that can be saved and restored exactly.
 
     A batch holds this process's rows of a global batch: `video` uint8 [B, T, H, W, 3], `label`
-    int32 [B], `num_frames` int32 [B], `mask` bool [B], `id` str [B]. Rows that fill up an epoch's
-    last batch have mask False, video 0, label -1, num_frames 1 and id "". A clip shorter than T
-    under `short_clips="ragged"` is 0 from frame `num_frames` on.
+    int32 [B] (of several labels per clip float32 [B, K]), `num_frames` int32 [B], `mask` bool [B],
+    `id` str [B], and on request `frame_indices` int32 [B, T], -1 from `num_frames` on. With V > 1
+    views of each clip: `video` [B, V, T, H, W, 3], `num_frames` [B, V], `frame_indices` [B, V, T].
+    Rows that fill up an epoch's last batch have mask False, video 0, label -1, num_frames 1 and
+    id ""; a clip that could not be read, under `on_error="skip"`, has the same and its id. A clip
+    shorter than T under `short_clips="ragged"` is 0 from frame `num_frames` on.
 
     An error in reading is raised by the batch that it belongs to and by every call after it, until
     `set_state` or `rewind`. Use from one thread.
@@ -253,7 +127,7 @@ class BatchIterator(Iterator[Batch]):
 
     def __init__(
         self,
-        split: jester.Split,
+        source: Source,
         options: ClipOptions,
         *,
         batch_size: int,
@@ -261,17 +135,19 @@ class BatchIterator(Iterator[Batch]):
         process_count: int = 1,
         num_workers: int = 0,
         cache: bool = False,
+        with_frame_indices: bool = False,
     ):
         """Reads nothing yet; threads or worker processes start with the first batch.
 
         Args:
-            split: the clips; "train" is endless and shuffled by `options.seed`, others one pass.
+            source: the clips; "train" is endless and shuffled by `options.seed`, others one pass.
             options: what makes a clip.
             batch_size: B of the global batch.
             process_index: which process this is.
             process_count: P; divides B.
             num_workers: worker processes that read, or 0 for threads of this one.
             cache: keep decoded clips in memory; threads only.
+            with_frame_indices: batches say which frames of the source their clips are.
 
         Raises:
             ValueError: the arguments do not fit together.
@@ -283,21 +159,22 @@ class BatchIterator(Iterator[Batch]):
                 f"dataset.cache keeps clips in this process, but dataset.num_workers={num_workers} "
                 "reads them in others: set dataset.num_workers=0 or dataset.cache=False"
             )
-        self.split = split.name
-        self.num_clips = len(split.ids)
-        self.class_names = split.class_names
-        self.has_labels = split.labels is not None
+        self.split = source.name
+        self.num_clips = len(source.ids)
+        self.class_names = source.class_names
+        self.has_labels = source.labels is not None
         self._order = ClipOrder(
             self.num_clips,
             batch_size,
-            shuffle_seed=options.seed if split.name == "train" else None,
+            shuffle_seed=options.seed if source.name == "train" else None,
             process_index=process_index,
             process_count=process_count,
         )
         self.steps_per_epoch = self._order.batches_per_epoch
-        self._reader = ClipReader(split, options, cache=cache)
+        self._reader = ClipReader(source, options, cache=cache)
+        self._stack = functools.partial(stack_clips, with_frame_indices=with_frame_indices)
         self._num_workers = num_workers
-        self._fingerprint = _fingerprint(split, batch_size, options.seed)
+        self._fingerprint = _fingerprint(source, batch_size, options.seed)
         self._position = 0  # batches handed out since the start of the first epoch
         self._batches: grain.DatasetIterator | None = None
         self._error: Exception | None = None
@@ -404,11 +281,11 @@ class BatchIterator(Iterator[Batch]):
             read_options = grain.ReadOptions(
                 num_threads=threads, prefetch_buffer_size=max(2 * rows, threads)
             )
-            return iter(clips.to_iter_dataset(read_options).batch(rows, batch_fn=stack_clips))
+            return iter(clips.to_iter_dataset(read_options).batch(rows, batch_fn=self._stack))
         if not flags.FLAGS.is_parsed():  # outside absl's app.run; Grain reads its own flags here
             flags.FLAGS.mark_as_parsed()
         # Each worker makes whole batches, every num_workers-th one: so their order stays.
-        batches = clips.batch(rows, batch_fn=stack_clips)
+        batches = clips.batch(rows, batch_fn=self._stack)
         read_options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         return iter(
             batches.to_iter_dataset(read_options).mp_prefetch(
@@ -456,16 +333,16 @@ def _end_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def _fingerprint(split: jester.Split, batch_size: int, seed: int) -> dict[str, Any]:
+def _fingerprint(source: Source, batch_size: int, seed: int) -> dict[str, Any]:
     """Returns what the order of the clips and their labels depends on, as JSON can hold it."""
-    labels = [] if split.labels is None else split.labels.tolist()
+    labels = [] if source.labels is None else source.labels.tolist()
     return {
-        "split": split.name,
+        "split": source.name,
         "seed": seed,
         "batch_size": batch_size,
-        "num_clips": len(split.ids),
-        "class_names": list(split.class_names),
-        "ids_sha256": _sha256("\n".join(split.ids)),
+        "num_clips": len(source.ids),
+        "class_names": list(source.class_names),
+        "ids_sha256": _sha256("\n".join(source.ids)),
         "labels_sha256": _sha256(",".join(map(str, labels))),
     }
 

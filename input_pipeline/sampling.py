@@ -6,32 +6,80 @@ import zlib
 
 import numpy as np
 
+from input_pipeline.source import VideoInfo
+
+SAMPLINGS = ("head", "uniform", "random", "dense")
 SHORT_CLIPS = ("repeat_last", "ragged")
 FRAME_ORDERS = ("forward", "shuffled", "single")
 
 
-def head_indices(num_available: int, num_frames: int, stride: int) -> np.ndarray:
-    """Returns frames 0, k, 2k, ... of a video, k = stride, as far as it and the clip reach.
+def choose_frames(
+    info: VideoInfo,
+    how: str,
+    num_frames: int,
+    *,
+    stride: int = 1,
+    frame_rate: float = 1.0,
+    place: float = 0.5,
+    random: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Chooses the frames of a clip, none of them twice.
+
+    "head": frames 0, k, 2k, ... of the video, k = `stride`, as far as it and the clip reach (the
+    reference). "dense": the same from another beginning. "uniform": the video cut in `num_frames`
+    equal parts, a frame of each. "random": the same, drawn anew in each part.
+
+    In a video that says its frames per second, k frames at `frame_rate` are what counts for "head"
+    and "dense": the frame nearest to each moment, as streaming prediction takes them. A slower
+    video gives every frame.
 
     Args:
-        num_available: frames of the video, from 1.
+        info: of the video.
+        how: one of `SAMPLINGS`.
         num_frames: T, the most frames to take, from 1.
-        stride: k, source frames from one taken frame to the next, from 1.
+        stride: k, from 1.
+        frame_rate: frames per second that `stride` counts.
+        place: which of several views of a video, 0 to 1: where "dense" begins, from the first
+            place to the last possible; where in each part "uniform" takes its frame.
+        random: draws for training. Without it "dense" and "random" do what `place` says.
 
     Returns:
-        Indices into the video, counted from 0, int64 [n] with 1 <= n <= T.
+        Indices into the video, counted from 0 and ascending, int64 [n] with 1 <= n <= T.
 
     Raises:
-        ValueError: an argument is below 1.
+        ValueError: an argument is below 1, or `how` is unknown.
     """
     for name, value in (
-        ("num_available", num_available),
+        ("the number of frames of the video", info.num_frames),
         ("num_frames", num_frames),
         ("stride", stride),
     ):
         if value < 1:
             raise ValueError(f"{name} is {value}; it counts from 1")
-    return np.arange(0, num_available, stride)[:num_frames]
+    if how not in SAMPLINGS:
+        raise ValueError(f"sampling is {how!r}; choose one of: {', '.join(SAMPLINGS)}")
+    if how in ("uniform", "random"):
+        return _one_of_each_part(info, num_frames, place, random if how == "random" else None)
+    step = float(stride)
+    if info.frame_rate is not None:
+        step = max(1.0, stride * info.frame_rate / frame_rate)
+    start = 0.0
+    if how == "dense":
+        last_start = max(0.0, info.num_frames - 1 - (num_frames - 1) * step)
+        start = last_start * (place if random is None else random.random())
+    moments = start + step * np.arange(num_frames)
+    indices = np.ceil(moments - 0.5 - 1e-9).astype(np.int64)  # of two as near, the earlier
+    return indices[indices < info.num_frames]
+
+
+def _one_of_each_part(
+    info: VideoInfo, num_frames: int, place: float, random: np.random.Generator | None
+) -> np.ndarray:
+    count = min(info.num_frames, num_frames)
+    edges = np.linspace(0.0, info.num_frames, count + 1)
+    shares = np.full(count, place) if random is None else random.random(count)
+    moments = edges[:-1] + shares * np.diff(edges)
+    return np.minimum(moments.astype(np.int64), info.num_frames - 1)
 
 
 def order_frames(indices: np.ndarray, frame_order: str, *, seed: int, clip_id: str) -> np.ndarray:

@@ -3,49 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+RESIZES = ("squash", "short_side")
 
-def resize_frame(path: str | Path, image_size: int) -> np.ndarray:
-    """Reads one frame, resized to a square whatever its shape, with Pillow's default filter.
 
-    Bit for bit `PIL.Image.open(path).convert("RGB").resize((image_size, image_size))`, as the
-    reference reads it; Pillow's default for RGB is BICUBIC. Values stay 0...255: the model's side
-    normalises.
+def decode_image(file: str | Path | BinaryIO, name: str = "") -> np.ndarray:
+    """Reads one image file.
 
     Args:
-        path: an image file.
-        image_size: H = W, in pixels.
+        file: a path, or a file object.
+        name: what messages call it; by default the path.
 
     Returns:
-        uint8 [H, W, 3], perhaps read-only.
+        uint8 [H, W, 3], RGB, perhaps read-only: bit for bit
+        `PIL.Image.open(file).convert("RGB")`, as the reference reads it.
 
     Raises:
         ValueError: the file is empty, cut short or no image, or cannot be read; it is named.
     """
+    name = name or str(file)
     try:
-        with Image.open(path) as image:
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            return np.asarray(rgb.resize((image_size, image_size)))
+        with Image.open(file) as image:
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if (
-            isinstance(error, OSError) and error.errno is not None
-        ):  # the system's word, not Pillow's
-            raise ValueError(f"cannot read the frame {path}: {error.strerror}") from error
-        reason = str(error).replace(f" {str(path)!r}", "")
-        if Path(path).stat().st_size == 0:
+        # The system's word, not Pillow's.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise ValueError(f"cannot read the frame {name}: {error.strerror}") from error
+        reason = str(error).replace(f" {str(file)!r}", "")
+        if isinstance(file, str | Path) and Path(file).stat().st_size == 0:
             reason = "the file is empty"
         raise ValueError(
-            f"cannot read the frame {path}: {reason}; expected a whole JPEG: "
+            f"cannot read the frame {name}: {reason}; expected a whole JPEG: "
             "extract it again, or take its clip out of the CSV"
         ) from error
 
 
-def resize_array(frame: np.ndarray, image_size: int) -> np.ndarray:
-    """`resize_frame` for a frame in memory: uint8 [H, W, 3] of any size, RGB."""
-    return np.asarray(Image.fromarray(frame).resize((image_size, image_size)))
+def resize_array(
+    frame: np.ndarray, image_size: int, how: str = "squash", place: float = 0.5
+) -> np.ndarray:
+    """Makes a frame a square, with Pillow's default filter (BICUBIC for RGB), as the reference.
+
+    Values stay 0...255: the model's side normalises.
+
+    Args:
+        frame: uint8 [H, W, 3] of any size, RGB.
+        image_size: H = W of the result, in pixels.
+        how: "squash": the whole frame, whatever its shape (the reference); "short_side": its
+            shape is kept, and of the longer side a part is cut out.
+        place: where, 0 (left or top) to 1.
+
+    Returns:
+        uint8 [image_size, image_size, 3], perhaps read-only.
+    """
+    image = Image.fromarray(frame)
+    if how == "squash":
+        return np.asarray(image.resize((image_size, image_size)))
+    scale = image_size / min(image.size)
+    width, height = (max(image_size, round(side * scale)) for side in image.size)
+    left = round((width - image_size) * place)
+    top = round((height - image_size) * place)
+    box = (left, top, left + image_size, top + image_size)
+    return np.asarray(image.resize((width, height)).crop(box))
 
 
 def pack_channel_planes(video: np.ndarray) -> np.ndarray:

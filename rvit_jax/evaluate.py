@@ -68,6 +68,7 @@ class SplitResult:
         label: [clips], -1 without labels.
         metrics: see `ClassificationMetrics.result`; None without labels.
         confusion: [K, K], true by predicted; None without labels.
+        num_skipped: clips that could not be read (`config.dataset.on_error="skip"`).
         answers: after every frame; None without labels, or where they were not asked for.
         worst: the clips with the worst answers, the worst first; empty unless asked for.
     """
@@ -77,6 +78,7 @@ class SplitResult:
     label: np.ndarray
     metrics: dict[str, float | int] | None
     confusion: np.ndarray | None
+    num_skipped: int = 0
     answers: anytime.Answers | None = None
     worst: tuple[Clip, ...] = ()
 
@@ -147,6 +149,7 @@ class _Results:
     def __init__(self, num_classes: int, has_labels: bool, num_worst: int):
         self._has_labels, self._num_worst = has_labels, num_worst
         self._metrics = ClassificationMetrics(num_classes)
+        self._num_skipped = 0
         self._ids: list[str] = []
         self._probabilities: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
@@ -156,6 +159,9 @@ class _Results:
     def add(self, batch: dict[str, Any], logits: np.ndarray, loss: np.ndarray) -> None:
         """Takes a batch; its logits are [B, K], or [B, T, K] after every frame."""
         mask, num_frames = batch["mask"], batch["num_frames"]
+        self._num_skipped += count_skipped(batch)
+        if not mask.any():
+            return
         by_frame = None
         if logits.ndim == 3:
             by_frame, logits = logits, logits[np.arange(len(mask)), num_frames - 1]
@@ -173,8 +179,10 @@ class _Results:
         self._labels.append(label)
         if self._num_worst:
             clips = [
-                Clip(str(batch["id"][row]), batch["video"][row, : num_frames[row]], answer, int(k))
-                for row, answer, k in zip(np.flatnonzero(mask), probabilities, label, strict=True)
+                Clip(str(batch["id"][row]), _first_view(batch, row), answer, int(k))
+                for row, answer, k in zip(
+                    np.flatnonzero(mask).tolist(), probabilities, label, strict=True
+                )
             ]
             worst = heapq.nlargest(
                 self._num_worst, [*self._worst, *clips], key=lambda clip: clip.doubt
@@ -183,7 +191,16 @@ class _Results:
             self._worst = [dataclasses.replace(c, video=c.video.copy()) for c in worst]
 
     def result(self) -> SplitResult:
-        """All of it."""
+        """All of it.
+
+        Raises:
+            ValueError: no clip could be read.
+        """
+        if not self._ids:
+            raise ValueError(
+                f"none of the {self._num_skipped} clips could be read: see the warnings, or set "
+                "config.dataset.on_error='fail'"
+            )
         labelled = self._has_labels
         return SplitResult(
             ids=self._ids,
@@ -191,24 +208,38 @@ class _Results:
             label=np.concatenate(self._labels),
             metrics=self._metrics.result() if labelled else None,
             confusion=self._metrics.confusion if labelled else None,
+            num_skipped=self._num_skipped,
             answers=anytime.Answers.concatenate(self._answers) if self._answers else None,
             worst=tuple(self._worst),
         )
 
 
+def count_skipped(batch: dict[str, Any]) -> int:
+    """Clips of a batch that could not be read: masked, as padding is, but with an id."""
+    return int((~batch["mask"] & (batch["id"] != "")).sum())
+
+
+def _first_view(batch: dict[str, Any], row: int) -> np.ndarray:
+    """A clip's real frames, uint8 [num_frames, H, W, 3]; of several views the first."""
+    video, num_frames = batch["video"][row], batch["num_frames"][row]
+    if video.ndim == 5:
+        video, num_frames = video[0], num_frames[0]
+    return video[:num_frames]
+
+
 def make_record(
-    result: SplitResult, split: str, frame_order: str, path: str | os.PathLike, step: int
+    result: SplitResult, split: str, config: ConfigDict, path: str | os.PathLike, step: int
 ) -> dict[str, Any]:
     """One evaluation as one JSON object; fractions, not percent."""
     measured = result.metrics or {"num_clips": len(result.ids)}
     return {
         "split": split,
         **measured,
-        "views": {"temporal": 1, "spatial": 1},
-        "frame_order": frame_order,
+        "views": config.views.to_dict(),
+        "frame_order": config.dataset.frame_order,
         "checkpoint": os.fspath(path),
         "step": step,
-        "skipped_clips": 0,
+        "skipped_clips": result.num_skipped,
     }
 
 
@@ -248,8 +279,8 @@ def evaluate(
     module = loaded.model.module
     graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
     loss_per_clip = losses.make_loss(config.loss)
-    if config.dataset.frame_packing == "channel_planes":
-        # Its frames hold colours of other moments: there is no "before the clip is over".
+    if config.dataset.frame_packing == "channel_planes" or max(config.views.values()) > 1:
+        # No "before the clip is over": frames that hold colours of other moments, or several clips.
         eval_step = steps.make_eval_step(graphdef, loss_per_clip, ragged=is_ragged(config))
     else:
         eval_step = steps.make_anytime_step(graphdef, loss_per_clip)
@@ -266,7 +297,7 @@ def evaluate(
         progress=f"evaluating {split}",
     )
     dataset.close()
-    record = make_record(result, split, config.dataset.frame_order, loaded.path, loaded.step)
+    record = make_record(result, split, config, loaded.path, loaded.step)
     measured = None
     if result.answers is not None:
         seconds = config.dataset.frame_stride / config.dataset.frame_rate

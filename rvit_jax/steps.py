@@ -91,13 +91,20 @@ def make_eval_step(
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
     """The function (params, fixed, batch) -> (logits [B, K], loss [B]), without dropout.
 
-    `graphdef` may be of a model in either mode.
+    `graphdef` may be of a model in either mode. With several views of each clip, `video`
+    [B, V, T, H, W, 3], the probabilities are averaged, and the logits are the logarithms of that.
     """
 
     def eval_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
         model = _merge(graphdef, params, fixed)
-        num_frames = batch["num_frames"] if ragged else None
-        logits, _ = model(batch["video"], num_frames=num_frames)
+        video, num_frames = batch["video"], batch["num_frames"]
+        views = video.shape[1:-4]  # () or (V,)
+        if views:  # each is a clip to the model
+            video, num_frames = (x.reshape(-1, *x.shape[2:]) for x in (video, num_frames))
+        logits, _ = model(video, num_frames=num_frames if ragged else None)
+        if views:
+            probabilities = jax.nn.softmax(logits.reshape(-1, *views, logits.shape[-1]), axis=-1)
+            logits = jnp.log(probabilities.mean(axis=1))
         return logits, _loss(loss_per_clip, logits, batch)
 
     return eval_step

@@ -123,11 +123,16 @@ class _TrainingSums:
 
     def reset(self) -> None:
         """Starts anew, after an evaluation."""
-        self.total = {"clips": 0.0, "loss": 0.0, "right": 0.0}
+        self.total = {"clips": 0.0, "loss": 0.0, "right": 0.0, "skipped": 0.0}
 
-    def add(self, sums: dict[str, jax.Array]) -> bool:
-        """Takes a step's sums; True when it was time to look and they were fetched."""
-        self._pending.append(sums)
+    def add(self, sums: dict[str, jax.Array], skipped: int) -> bool:
+        """Takes a step's sums; True when it was time to look and they were fetched.
+
+        Args:
+            sums: see `steps.make_train_step`.
+            skipped: clips of its batch that could not be read.
+        """
+        self._pending.append({**sums, "skipped": skipped})
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return False
         self.fetch()
@@ -152,11 +157,18 @@ class _TrainingSums:
         self._looked = time.monotonic()
 
     def means(self) -> dict[str, float]:
-        """Loss and top1 over the clips trained on since `reset`; empty where there were none."""
+        """Loss and top1 over the clips trained on since `reset`, and how many could not be read.
+
+        Empty where no clip was trained on.
+        """
         clips = self.total["clips"]
         if not clips:
             return {}
-        return {"loss": self.total["loss"] / clips, "top1": self.total["right"] / clips}
+        return {
+            "loss": self.total["loss"] / clips,
+            "top1": self.total["right"] / clips,
+            "skipped_clips": int(self.total["skipped"]),
+        }
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
@@ -268,7 +280,7 @@ class _Run:
                 batch = next(self.train_data)
                 state, step_sums = self.train_step(state, evaluate.on_device(batch))
                 step, record = step + 1, None
-                if sums.add(step_sums):
+                if sums.add(step_sums, evaluate.count_skipped(batch)):
                     means = sums.means()
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top1 {means['top1']:.1%}")
                 bar.update(int(batch["mask"].sum()))
@@ -315,9 +327,7 @@ class _Run:
             return None
         step = int(state.step)
         folder = self.workdir / "checkpoints" / str(step)
-        return evaluate.make_record(
-            result, "validation", self.config.dataset.frame_order, folder, step
-        )
+        return evaluate.make_record(result, "validation", self.config, folder, step)
 
     def _report(self, bar: tqdm, step: int, training: dict[str, float], record) -> None:
         epoch = step / self.steps_per_epoch

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
 from input_pipeline import jester
-from input_pipeline.transforms import resize_frame
+from input_pipeline.transforms import decode_image, resize_array
 
 CAPTION_WIDTH = 220
 
@@ -31,7 +31,7 @@ def draw_sheet(split: jester.Split, num_frames: int, side: int) -> Image.Image:
             continue
         files = jester.frame_files(str(Path(split.frames_dir) / split.ids[clips[0]]))
         for column, index in enumerate(np.linspace(0, len(files) - 1, num_frames).round()):
-            frame = Image.fromarray(resize_frame(files[int(index)], side))
+            frame = Image.fromarray(resize_array(decode_image(files[int(index)]), side))
             sheet.paste(frame, (CAPTION_WIDTH + column * side, row * side))
     return sheet
 

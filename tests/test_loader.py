@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from configs.base import get_config
 from input_pipeline import get_dataset, loader, transforms
+from input_pipeline.clips import PADDING
 from tests.jester_folder import CLASSES, labelled, make_clip, make_set, reference_frame
 
 IMAGE_SIZE = 8
@@ -159,7 +160,9 @@ def test_every_clip_once_an_epoch_for_any_number_of_processes(clips, processes, 
     ]
     start = epoch * steps * batch_size
     assert joined == [alone[start + i] for i in range(steps * batch_size)]
-    assert sorted(clip for clip in joined if clip != loader.PADDING) == list(range(clips))
+    real = [place for place in joined if place != PADDING]
+    assert sorted(clip for clip, _ in real) == list(range(clips))
+    assert {number for _, number in real} == {epoch}
 
 
 def test_a_batch_that_does_not_divide_is_refused(folder):
@@ -253,12 +256,12 @@ def decoded(tmp_path, monkeypatch):
     """
     paths = []
 
-    def counting(path, image_size, original=transforms.resize_frame):
+    def counting(path, original=transforms.decode_image):
         if path.startswith(str(tmp_path)):
             paths.append(path)
-        return original(path, image_size)
+        return original(path)
 
-    monkeypatch.setattr(transforms, "resize_frame", counting)
+    monkeypatch.setattr(transforms, "decode_image", counting)
     return paths
 
 
@@ -378,10 +381,10 @@ def test_an_empty_folder_is_an_error_when_its_clip_is_read(tmp_path):
 
 
 def test_a_stop_iteration_in_reading_does_not_end_the_data(folder, monkeypatch):
-    def stop(path, image_size):
+    def stop(path):
         raise StopIteration
 
-    monkeypatch.setattr(transforms, "resize_frame", stop)
+    monkeypatch.setattr(transforms, "decode_image", stop)
     batches = open_split(folder, "validation")
     for _ in range(2):
         with pytest.raises(RuntimeError, match=r"reading the clip '1[2-5]' .* StopIteration"):
