@@ -7,7 +7,7 @@ import difflib
 import functools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +193,51 @@ def read_split(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """A split's clips and everything that is wrong with its list of them.
+
+    Attributes:
+        csv_file: the list.
+        frames_dir: the folder that holds most of the clips' folders.
+        ids: those of the list that have a folder.
+        problems: a line each.
+    """
+
+    csv_file: Path
+    frames_dir: Path
+    ids: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+def survey_split(data_dir: str | Path, split: str) -> Survey:
+    """Reads a split's CSV as `read_split` does, but goes on where that stops.
+
+    Raises:
+        FileNotFoundError: `data_dir` or the CSV is missing, or no clip of it has a folder.
+        ValueError: the CSV is no text or has no clip.
+    """
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise FileNotFoundError(_missing_data_message(data_dir, "jester"))
+    csv_file = _find_csv(data_dir, split)
+    problems: list[str] = []
+    rows = _read_csv(csv_file, problems.append)
+    _check_labels(rows, csv_file, split, _known_classes(csv_file.parent), problems.append)
+    ids = [row.clip_id for row in rows]
+    folders = _present_clips(data_dir)
+    frames_dir = max(folders, key=lambda f: len(folders[f].intersection(ids)), default=None)
+    if frames_dir is None or not folders[frames_dir].intersection(ids):
+        raise FileNotFoundError(_no_clips_message(data_dir, tuple(ids), csv_file))
+    present = folders[frames_dir]
+    problems += [
+        f"{csv_file}:{row.line}: the clip {row.clip_id} has no folder in {frames_dir}"
+        for row in rows
+        if row.clip_id not in present
+    ]
+    return Survey(csv_file, frames_dir, tuple(i for i in ids if i in present), tuple(problems))
+
+
 def frame_files(clip_dir: str) -> list[str]:
     """Lists the frames of a clip: paths of the files NNNNN.jpg, by their number.
 
@@ -205,15 +250,19 @@ def frame_files(clip_dir: str) -> list[str]:
         raise FileNotFoundError(
             f"cannot list the frames in {clip_dir}: {error.strerror}; extract the clip again"
         ) from error
-    frames = sorted(
-        (int(match[1]), name) for name in names if (match := _FRAME_NAME.fullmatch(name))
-    )
+    frames = sorted((number, name) for name in names if (number := frame_number(name)) is not None)
     if not frames:
         raise FileNotFoundError(
             f"{clip_dir} holds no frame; expected 00001.jpg, 00002.jpg, ...: "
             "extract the clip again, or take it out of the CSV"
         )
     return [os.path.join(clip_dir, name) for _, name in frames]
+
+
+def frame_number(name: str) -> int | None:
+    """The number in a frame's file name (12 for 00012.jpg); None if it is no frame's."""
+    match = _FRAME_NAME.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def _missing_data_message(data_dir: Path, name: str) -> str:
@@ -284,44 +333,58 @@ def _lines(file: Path) -> Iterable[tuple[int, str]]:
             yield number, line
 
 
-def _read_csv(csv_file: Path) -> list[_Row]:
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def _read_csv(csv_file: Path, complain: Callable[[str], None] = _refuse) -> list[_Row]:
+    """The rows; `complain` hears of lines that are wrong, which are left out if it returns."""
     rows: dict[str, _Row] = {}
     for number, line in _lines(csv_file):
         fields = [field.strip() for field in line.split(";")]
         if len(fields) == 1 and re.search(r"[,\t]", line):
-            raise ValueError(
+            complain(
                 f"{csv_file}:{number}: expected 'id;label', got {line.strip()!r}: "
                 "separate the fields by a semicolon"
             )
+            continue
         if len(fields) > 2 or not fields[0]:
-            raise ValueError(f"{csv_file}:{number}: expected 'id;label', got {line.strip()!r}")
+            complain(f"{csv_file}:{number}: expected 'id;label', got {line.strip()!r}")
+            continue
         row = _Row(number, fields[0], fields[1] if len(fields) == 2 and fields[1] else None)
         if row.clip_id in rows:
-            raise ValueError(
+            complain(
                 f"{csv_file}:{number}: the id {row.clip_id!r} stands in line "
                 f"{rows[row.clip_id].line} already: remove one of the two lines"
             )
+            continue
         rows[row.clip_id] = row
     if not rows:
         raise ValueError(f"{csv_file} is empty; expected lines 'id;label'")
     return list(rows.values())
 
 
-def _check_labels(rows: list[_Row], csv_file: Path, split: str, known: tuple[str, ...]) -> bool:
+def _check_labels(
+    rows: list[_Row],
+    csv_file: Path,
+    split: str,
+    known: tuple[str, ...],
+    complain: Callable[[str], None] = _refuse,
+) -> bool:
     """Returns whether the rows have labels, all of them known; test may have none at all."""
     unlabelled = [row for row in rows if row.label is None]
     if split == "test" and len(unlabelled) == len(rows):
         return False
     if unlabelled:
         row = unlabelled[0]
-        raise ValueError(
+        complain(
             f"{csv_file}:{row.line}: the clip {row.clip_id!r} has no label; expected 'id;label' "
             f"({len(unlabelled)} of {len(rows)} lines have none)"
         )
     known_set = set(known)
     for row in rows:
-        if row.label not in known_set:
-            raise ValueError(
+        if row.label is not None and row.label not in known_set:
+            complain(
                 f"{csv_file}:{row.line}: unknown label {row.label!r}{_suggest(row.label, known)}"
             )
     return True
@@ -351,12 +414,7 @@ def _check_coverage(
 
 def _find_frames_dir(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> Path:
     """Returns the first known place that holds a clip; it must hold them all."""
-    for folder in _FRAME_FOLDERS:
-        frames_dir = data_dir / folder
-        if not frames_dir.is_dir():
-            continue
-        with os.scandir(frames_dir) as entries:  # once, not a look-up per clip: 148,092 of them
-            present = {entry.name for entry in entries if entry.is_dir()}
+    for frames_dir, present in _present_clips(data_dir).items():
         missing = [clip_id for clip_id in ids if clip_id not in present]
         if not missing:
             return frames_dir
@@ -366,8 +424,22 @@ def _find_frames_dir(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> Pa
                 f"{frames_dir}: {_few(missing)}; extract every part of the archive, or take "
                 "their lines out of the CSV"
             )
+    raise FileNotFoundError(_no_clips_message(data_dir, ids, csv_file))
+
+
+def _present_clips(data_dir: Path) -> dict[Path, set[str]]:
+    """Known place -> the folders in it."""
+    found = {}
+    for frames_dir in (data_dir / folder for folder in _FRAME_FOLDERS):
+        if frames_dir.is_dir():
+            with os.scandir(frames_dir) as entries:  # once, not a look-up per clip: 148,092
+                found[frames_dir] = {entry.name for entry in entries if entry.is_dir()}
+    return found
+
+
+def _no_clips_message(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> str:
     places = ", ".join(f"{folder}/<id>/" for folder in _FRAME_FOLDERS if folder)
-    raise FileNotFoundError(
+    return (
         f"none of the {len(ids)} clips in {csv_file} ({_few(ids)}) has a folder in {data_dir}: "
         f"looked for {places} and <id>/; extract the archive there, or set dataset.data_dir"
     )

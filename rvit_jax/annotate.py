@@ -172,6 +172,8 @@ class Curves:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
+        from rvit_jax.figures import write_png
+
         points = np.stack(self._points)  # [n, K]
         wins = np.bincount(points.argmax(axis=1), minlength=points.shape[1])
         order = np.lexsort((points.max(axis=0), wins))[::-1][:CURVES]
@@ -188,11 +190,4 @@ class Curves:
         axes.set_title(readable, parse_math=False)
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False)
-        path = Path(path).expanduser()
-        aside = path.with_name(f".tmp.{path.name}")
-        try:
-            figure.savefig(aside, format="png")
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        write_png(figure, Path(path).expanduser(), dpi=120)
