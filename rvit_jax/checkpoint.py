@@ -44,6 +44,9 @@ FREE_KEYS = (
     "dataset.data_dir",
     "dataset.num_workers",
     "dataset.cache",
+    "dataset.on_error",
+    "views.temporal",
+    "views.spatial",
 )
 
 

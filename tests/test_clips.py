@@ -8,7 +8,7 @@ from PIL import Image
 
 from input_pipeline import get_dataset
 from input_pipeline.clips import ClipOptions, ClipReader
-from rvit_jax import evaluate
+from rvit_jax import evaluate, train
 from tests.jester_folder import CLASSES, labelled, make_clip, make_set
 from tests.small import saved_model, small_config
 from tests.test_loader import assert_equal_batches, make_config, open_split, take
@@ -171,6 +171,17 @@ class TestSkipping:
         assert (record["num_clips"], record["skipped_clips"]) == (4, 2)
         written = json.loads((tmp_path / "run" / "evaluation" / "validation.json").read_text())
         assert written["skipped_clips"] == 2
+
+    def test_training_counts_them(self, damaged, tmp_path):
+        config = small_config(num_classes=3, hidden_size=8)
+        config.dataset.update(data_dir=str(damaged), classes=CLASSES, num_frames=2)
+        config.dataset.on_error = "skip"
+        config.batch_size, config.num_epochs = 3, 2
+        train.train_and_evaluate(config, tmp_path / "run")
+        lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        for record in map(json.loads, lines):
+            assert record["training"]["skipped_clips"] == 2
+            assert record["skipped_clips"] == 2
 
     def test_nothing_left_is_an_error(self, tmp_path):
         root = make_set(tmp_path / "data", {"validation": labelled(1, 2)}, num_frames=1)

@@ -1,0 +1,249 @@
+"""Reads a data set once and lists what is wrong: python -m input_pipeline.check --config=FILE
+
+Every clip of every split is read whole: lines of the lists that cannot be used, clips without their
+folder or file, gaps in the numbers of frames, files that are no whole image or video, and clips
+that stand in two splits or twice in one, under whatever id.
+
+Exit status: 0 nothing is wrong; 1 something is, or the data cannot be read at all; 2 wrong
+arguments; 128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from input_pipeline import jester
+from input_pipeline.cpus import num_cpus
+
+MOST_LINES = 20  # of one kind, on the terminal; the file has them all
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with a data set.
+
+    Attributes:
+        kind: of the problem, for counting.
+        split: where.
+        message: names the file or the clip.
+    """
+
+    kind: str
+    split: str
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What reading one clip gave."""
+
+    clip_id: str
+    sha256: str  # of what was read; "" where nothing could be
+    num_frames: int
+    problems: tuple[tuple[str, str], ...]  # kind and message
+
+
+def check(
+    config: ConfigDict, splits: Sequence[str] = jester.SPLITS, *, progress: bool = False
+) -> tuple[list[Problem], dict[str, dict[str, int]]]:
+    """Reads the splits of the config's data set.
+
+    Args:
+        config: the whole config; `dataset.*` is read.
+        splits: those that are not there are left out, train excepted.
+        progress: show a bar.
+
+    Returns:
+        The problems, and per split what was read: {"clips": n, "frames": n}.
+
+    Raises:
+        FileNotFoundError: there is no data.
+        ValueError: a list cannot be read at all, or a key has a value that cannot be.
+    """
+    problems: list[Problem] = []
+    counts: dict[str, dict[str, int]] = {}
+    seen: dict[str, tuple[str, str]] = {}  # content -> where it was first
+    ids: dict[str, str] = {}
+    for split in splits:
+        try:
+            listed, clip_ids, read = _open(config, split)
+        except FileNotFoundError:
+            if split == "train":
+                raise
+            continue
+        problems += [Problem("list", split, message) for message in listed]
+        counts[split] = {"clips": 0, "frames": 0}
+        for reading in _read_all(clip_ids, read, f"checking {split}" if progress else None):
+            counts[split]["clips"] += 1
+            counts[split]["frames"] += reading.num_frames
+            problems += [Problem(kind, split, message) for kind, message in reading.problems]
+            problems += _twice(reading, split, ids, seen)
+    return problems, counts
+
+
+def _twice(
+    reading: _Reading, split: str, ids: dict[str, str], seen: dict[str, tuple[str, str]]
+) -> Iterator[Problem]:
+    clip_id = reading.clip_id
+    other = ids.setdefault(clip_id, split)
+    if other != split:
+        yield Problem("overlap", split, f"the clip {clip_id} is in {other} too")
+    elif reading.sha256:
+        first_split, first_id = seen.setdefault(reading.sha256, (split, clip_id))
+        if (first_split, first_id) != (split, clip_id):
+            yield Problem(
+                "overlap",
+                split,
+                f"the clip {clip_id} holds the same as clip {first_id} of {first_split}",
+            )
+
+
+def _open(
+    config: ConfigDict, split: str
+) -> tuple[Sequence[str], Sequence[str], Callable[[int], _Reading]]:
+    """Problems of the split's list, its clips, and how one of them is read."""
+    data_dir = os.path.expanduser(config.dataset.data_dir)
+    survey = jester.survey_split(data_dir, split)
+    folders = [survey.frames_dir / clip_id for clip_id in survey.ids]
+    return survey.problems, survey.ids, lambda index: _read_folder(folders[index])
+
+
+def _read_folder(folder: Path) -> _Reading:
+    """Reads and decodes every frame of a folder."""
+    from input_pipeline.transforms import decode_image
+
+    try:
+        files = jester.frame_files(str(folder))
+    except FileNotFoundError as error:
+        return _Reading(folder.name, "", 0, (("no frames", str(error)),))
+    problems = []
+    numbers = [jester.frame_number(os.path.basename(file)) for file in files]
+    twice = sorted({n for n in numbers if numbers.count(n) > 1})
+    if twice:
+        problems.append(("numbers", f"{folder}: two files have the number {twice[0]}"))
+    missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers))
+    if numbers[0] > 1:
+        problems.append(("numbers", f"{folder} begins with frame {numbers[0]}"))
+    if missing:
+        few = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        problems.append(("numbers", f"{folder} lacks {len(missing)} frames: {few}"))
+    digest, sizes = hashlib.sha256(), set()
+    for file in files:
+        try:
+            digest.update(Path(file).read_bytes())
+            sizes.add(decode_image(file).shape)
+        except (OSError, ValueError) as error:
+            problems.append(("damaged", str(error)))
+    if len(sizes) > 1:
+        problems.append(("sizes", f"{folder}: its frames are of {len(sizes)} sizes"))
+    return _Reading(folder.name, digest.hexdigest(), len(files), tuple(problems))
+
+
+def _read_all(
+    clip_ids: Sequence[str], read: Callable[[int], _Reading], progress: str | None
+) -> Iterator[_Reading]:
+    """Reads all clips with threads, in order, a bounded number ahead."""
+    from tqdm import tqdm
+
+    threads = num_cpus()
+    bar = tqdm(
+        total=len(clip_ids),
+        desc=progress,
+        unit="clip",
+        disable=progress is None,
+        mininterval=0.5 if sys.stderr.isatty() else 30.0,
+    )
+    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        # A few thousand at a time: their results wait in order.
+        for start in range(0, len(clip_ids), 1024):
+            for reading in pool.map(read, range(start, min(start + 1024, len(clip_ids)))):
+                bar.update()
+                yield reading
+
+
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command's flags; `argv` tells which config keys are set."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file of the data.", flag_values=values, sys_argv=argv
+    )
+    flags.DEFINE_list("splits", list(jester.SPLITS), "What to read.", flag_values=values)
+    flags.DEFINE_string("output", None, "A JSON file for all that is wrong.", flag_values=values)
+    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
+    return values
+
+
+def _parse(argv: list[str]) -> flags.FlagValues:
+    """Raises SystemExit: 0 after --help, 2 with a line on stderr for wrong arguments."""
+    values = define_flags(argv)
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print(__doc__, values.get_help(include_special_flags=False), sep="\n")
+        raise SystemExit(0)
+    try:
+        rest = values(argv)
+        if len(rest) > 1:
+            raise ValueError(f"{rest[1]!r} is no flag: flags begin with -- (--help lists them)")
+        if values.config is None:
+            raise ValueError("--config is missing: say --config=configs/jester.py")
+        unknown = [split for split in values.splits if split not in jester.SPLITS]
+        if unknown:
+            raise ValueError(f"--splits={unknown[0]}: choose from {', '.join(jester.SPLITS)}")
+    except Exception as error:  # a config file may raise anything
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return values
+
+
+def _report(problems: list[Problem], counts: dict[str, dict[str, int]]) -> None:
+    shown = collections.Counter()
+    for problem in problems:
+        shown[problem.kind] += 1
+        if shown[problem.kind] <= MOST_LINES:
+            print(f"{problem.split}: {problem.message}")
+        elif shown[problem.kind] == MOST_LINES + 1:
+            print(f"... more of the kind {problem.kind!r} (--output=FILE has them all)")
+    for split, count in counts.items():
+        print(f"{split}: {count['clips']} clips, {count['frames']} frames read")
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in sorted(shown.items()))
+    print(f"{len(problems)} problems: {kinds}" if problems else "nothing is wrong")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status."""
+    values = _parse(sys.argv if argv is None else argv)
+    try:
+        problems, counts = check(values.config, values.splits, progress=True)
+        _report(problems, counts)
+        if values.output:
+            path = Path(values.output).expanduser()
+            aside = path.with_name(f".tmp.{path.name}")
+            listed = [dataclasses.asdict(problem) for problem in problems]
+            aside.write_text(json.dumps({"read": counts, "problems": listed}, indent=2) + "\n")
+            os.replace(aside, path)
+    except KeyboardInterrupt:
+        print("stopped by signal 2", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if values.debug:
+            traceback.print_exc()
+        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        print(f"error: {' '.join(f'{name}{error}'.split())}", file=sys.stderr)
+        return 1
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""What is wrong with a data set is found and named, each kind of it."""
+
+import json
+import shutil
+
+import pytest
+
+from input_pipeline import check
+from tests.jester_folder import make_clip, make_set
+
+CLIPS = [f"{number};Thumb Up" for number in range(1, 7)]
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_set(
+        tmp_path,
+        {"train": CLIPS, "validation": ["11;Thumb Up", "12;Stop Sign"], "test": ["21", "22"]},
+        num_frames=4,
+    )
+
+
+def frame(root, clip_id, number):
+    return root / "20bn-jester-v1" / str(clip_id) / f"{number:05}.jpg"
+
+
+def run(root, capsys, *arguments):
+    argv = ["check", "--config=configs/jester.py", f"--config.dataset.data_dir={root}", *arguments]
+    status = check.main(argv)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def add_lines(root, split, *lines):
+    file = root / "annotations" / f"jester-v1-{split}.csv"
+    file.write_text(file.read_text() + "".join(f"{line}\n" for line in lines))
+
+
+def test_nothing_is_wrong(root, capsys):
+    status, out, _ = run(root, capsys)
+    assert status == 0
+    assert "train: 6 clips, 24 frames read" in out
+    assert "nothing is wrong" in out
+
+
+def test_every_kind_is_found_in_one_pass(root, capsys, tmp_path):
+    add_lines(root, "train", "3;Thumb Up", "7,Thumb Up", "8;Thumb up", "9")
+    for clip_id in (8, 9):
+        make_clip(root / "20bn-jester-v1" / str(clip_id), 2)
+    shutil.rmtree(root / "20bn-jester-v1" / "1")
+    for file in (root / "20bn-jester-v1" / "2").iterdir():
+        file.unlink()
+    frame(root, 4, 3).unlink()
+    frame(root, 5, 1).unlink()
+    frame(root, 6, 2).write_bytes(frame(root, 6, 2).read_bytes()[:300])
+    add_lines(root, "validation", "3;Thumb Up")  # in train too
+    shutil.rmtree(root / "20bn-jester-v1" / "12")
+    shutil.copytree(root / "20bn-jester-v1" / "3", root / "20bn-jester-v1" / "12")
+    frame(root, 21, 1).write_bytes(b"")
+
+    status, out, _ = run(root, capsys, f"--output={tmp_path / 'found.json'}")
+    assert status == 1
+    for message in (
+        "train.csv:7: the id '3' stands in line 3 already",
+        "train.csv:8: expected 'id;label', got '7,Thumb Up'",
+        "train.csv:9: unknown label 'Thumb up'",
+        "train.csv:10: the clip '9' has no label",
+        "train.csv:1: the clip 1 has no folder",
+        "20bn-jester-v1/2 holds no frame",
+        "20bn-jester-v1/4 lacks 1 frames: 3",
+        "20bn-jester-v1/5 begins with frame 2",
+        "6/00002.jpg",
+        "the clip 3 is in train too",
+        "the clip 12 holds the same as clip 3 of train",
+        "21/00001.jpg: the file is empty",
+    ):
+        assert message in out, message
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["problems"]) == 12
+    assert {p["kind"] for p in found["problems"]} == {
+        *("list", "no frames", "numbers", "damaged", "overlap")
+    }
+    assert out.strip().splitlines()[-1].startswith("12 problems: 2 x damaged, 5 x list")
+
+
+def test_two_files_of_one_number(root, capsys):
+    shutil.copy(frame(root, 2, 1), root / "20bn-jester-v1" / "2" / "1.jpg")
+    status, out, _ = run(root, capsys)
+    assert status == 1
+    assert "two files have the number 1" in out
+
+
+def test_one_split(root, capsys):
+    frame(root, 11, 2).write_bytes(b"")
+    assert run(root, capsys, "--splits=train,test")[0] == 0
+    assert run(root, capsys, "--splits=validation")[0] == 1
+
+
+def test_long_lists_are_cut_on_the_terminal(root, capsys):
+    add_lines(root, "train", *["bad, line"] * 30)
+    status, out, _ = run(root, capsys)
+    assert status == 1
+    assert out.count("expected 'id;label'") == check.MOST_LINES
+    assert "--output=FILE has them all" in out
+    assert "30 x list" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--splits=val"], "choose from train, validation, test"),
+        (["--config.dataset.nmae=x"], "nmae"),
+        (["extra"], "is no flag"),
+    ],
+)
+def test_wrong_arguments_are_one_line(root, capsys, arguments, message):
+    with pytest.raises(SystemExit) as left:
+        run(root, capsys, *arguments)
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_no_data(tmp_path, capsys):
+    status, _, err = run(tmp_path / "nowhere", capsys)
+    assert status == 1
+    assert "there is no folder" in err
+    assert len(err.strip().splitlines()) == 1
