@@ -48,7 +48,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model.remat = "dots"
 
     config.dataset = ConfigDict()
-    config.dataset.name = "jester"  # "jester" | "gestures" (generated; drawn when absent)
+    # "jester": folders of frames | "jester_tfds": what scripts/prepare_jester.py made of them or of
+    # the download's parts | "gestures": generated; drawn when absent.
+    config.dataset.name = "jester"
     config.dataset.data_dir = "data/jester"  # holds the frame folders and the CSV files
     config.dataset.classes = ()  # class names in index order; () = Jester's 27
     config.dataset.num_frames = 36  # T: frames of a clip

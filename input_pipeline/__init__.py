@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 if TYPE_CHECKING:
     from input_pipeline.loader import BatchIterator
+    from input_pipeline.source import Source
 
+NAMES = ("jester", "jester_tfds", "gestures")  # of dataset.name
 _GENERATION_LIMIT_S = 3600.0  # how long other processes wait for the one that draws the set
 
 
@@ -53,18 +55,13 @@ def get_dataset(
             split has no clip of one of the `ids`.
         FileNotFoundError: the data, a CSV file or the folder of a clip is missing.
     """
-    from input_pipeline import jester, loader  # loader brings Grain, and Grain brings jax
+    from input_pipeline import loader  # brings Grain, and Grain brings jax
 
-    _check_choice("split", split, jester.SPLITS)
-    _check_choice("dataset.name", config.dataset.name, ("jester", "gestures"))
     # Its checks come before any drawing.
     options = loader.ClipOptions.from_config(config, training=split == "train")
-    data_dir = os.path.expanduser(config.dataset.data_dir)
-    if config.dataset.name == "gestures":
-        _provide_gestures(config, data_dir, process_index)
-    clips = jester.read_split(data_dir, split, tuple(config.dataset.classes), config.dataset.name)
+    source = open_source(config, split, process_index=process_index)
     return loader.BatchIterator(
-        clips.select(ids) if ids else clips,
+        source.select(ids) if ids else source,
         options,
         batch_size=config.batch_size,
         process_index=process_index,
@@ -73,6 +70,28 @@ def get_dataset(
         cache=config.dataset.cache,
         with_frame_indices=with_frame_indices,
     )
+
+
+def open_source(config: ConfigDict, split: str, *, process_index: int = 0) -> Source:
+    """Opens one split of the config's data set, clip by clip; draws gestures that are not there.
+
+    Raises:
+        ValueError: as `get_dataset`.
+        FileNotFoundError: as `get_dataset`.
+    """
+    from input_pipeline import jester
+
+    name, classes = config.dataset.name, tuple(config.dataset.classes)
+    _check_choice("split", split, jester.SPLITS)
+    _check_choice("dataset.name", name, NAMES)
+    data_dir = os.path.expanduser(config.dataset.data_dir)
+    if name == "gestures":
+        _provide_gestures(config, data_dir, process_index)
+    if name == "jester_tfds":
+        from input_pipeline import jester_tfds
+
+        return jester_tfds.read_split(data_dir, split, classes, name)
+    return jester.read_split(data_dir, split, classes, name)
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -80,7 +80,7 @@ SPLITS = ("train", "validation", "test")
 
 # Places inside data_dir, in the order in which they are tried; "" is data_dir itself.
 _CSV_FOLDERS = ("annotations", "20bn-jester-v1/annotations", "label", "")
-_FRAME_FOLDERS = ("20bn-jester-v1", "video", "")
+FRAME_FOLDERS = ("20bn-jester-v1", "video", "")
 # The full list first: where a folder holds both, the course's short one is passed over.
 _CSV_NAMES = ("jester-v1-{}.csv", "jester-v1-{}-quick-testing.csv")
 _FRAME_NAME = re.compile(r"(\d+)\.jpe?g", re.IGNORECASE)
@@ -120,7 +120,7 @@ class Split:
         unknown = [clip_id for clip_id in ids if clip_id not in rows]
         if unknown:
             raise ValueError(
-                f"the {self.name} split has no clip {_few(unknown)}; its {len(self.ids)} ids begin "
+                f"the {self.name} split has no clip {few(unknown)}; its {len(self.ids)} ids begin "
                 f"with {', '.join(self.ids[:3])}"
             )
         if len(set(ids)) < len(ids):
@@ -132,7 +132,9 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Row:
+class Row:
+    """A line of a CSV: the clip's id, and its label where it has one."""
+
     line: int  # of the CSV, from 1
     clip_id: str
     label: str | None
@@ -168,18 +170,18 @@ def read_split(
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(_missing_data_message(data_dir, name))
-    csv_file = _find_csv(data_dir, split)
-    known = _known_classes(csv_file.parent)
+    csv_file = find_csv(data_dir, split)
+    known = known_classes(csv_file.parent)
     class_names = tuple(classes) or CLASS_NAMES
-    _check_classes(class_names, known)
-    rows = _read_csv(csv_file)
-    labelled = _check_labels(rows, csv_file, split, known)
+    check_classes(class_names, known)
+    rows = read_csv(csv_file)
+    labelled = check_labels(rows, csv_file, split, known)
     if labelled:
-        _check_coverage(rows, csv_file, split, class_names, explicit=bool(classes))
+        check_coverage(rows, csv_file, split, class_names, explicit=bool(classes))
         rows = [row for row in rows if row.label in class_names]
     if not rows:
         raise ValueError(
-            f"{csv_file} holds no clip of the classes wanted ({_few(class_names)}): "
+            f"{csv_file} holds no clip of the classes wanted ({few(class_names)}): "
             "name others in dataset.classes, or leave it empty"
         )
     ids = tuple(row.clip_id for row in rows)
@@ -220,10 +222,10 @@ def survey_split(data_dir: str | Path, split: str) -> Survey:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise FileNotFoundError(_missing_data_message(data_dir, "jester"))
-    csv_file = _find_csv(data_dir, split)
+    csv_file = find_csv(data_dir, split)
     problems: list[str] = []
-    rows = _read_csv(csv_file, problems.append)
-    _check_labels(rows, csv_file, split, _known_classes(csv_file.parent), problems.append)
+    rows = read_csv(csv_file, problems.append)
+    check_labels(rows, csv_file, split, known_classes(csv_file.parent), problems.append)
     ids = [row.clip_id for row in rows]
     folders = _present_clips(data_dir)
     frames_dir = max(folders, key=lambda f: len(folders[f].intersection(ids)), default=None)
@@ -250,13 +252,19 @@ def frame_files(clip_dir: str) -> list[str]:
         raise FileNotFoundError(
             f"cannot list the frames in {clip_dir}: {error.strerror}; extract the clip again"
         ) from error
-    frames = sorted((number, name) for name in names if (number := frame_number(name)) is not None)
+    frames = in_order(names)
     if not frames:
         raise FileNotFoundError(
             f"{clip_dir} holds no frame; expected 00001.jpg, 00002.jpg, ...: "
             "extract the clip again, or take it out of the CSV"
         )
-    return [os.path.join(clip_dir, name) for _, name in frames]
+    return [os.path.join(clip_dir, name) for name in frames]
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """The frames among the names of a clip's files, by their number."""
+    frames = ((number, name) for name in names if (number := frame_number(name)) is not None)
+    return tuple(name for _, name in sorted(frames))
 
 
 def frame_number(name: str) -> int | None:
@@ -277,7 +285,8 @@ def _missing_data_message(data_dir: Path, name: str) -> str:
     )
 
 
-def _find_csv(data_dir: Path, split: str) -> Path:
+def find_csv(data_dir: Path, split: str) -> Path:
+    """The CSV of a split in one of the known places, or FileNotFoundError."""
     for folder in _CSV_FOLDERS:
         found = [
             path
@@ -302,7 +311,8 @@ def _find_csv(data_dir: Path, split: str) -> Path:
     )
 
 
-def _known_classes(folder: Path) -> tuple[str, ...]:
+def known_classes(folder: Path) -> tuple[str, ...]:
+    """Jester's classes, and those of the labels CSV in the folder of the other CSVs."""
     names = dict.fromkeys(CLASS_NAMES)
     for pattern in _CSV_NAMES:
         labels_csv = folder / pattern.format("labels")
@@ -311,7 +321,8 @@ def _known_classes(folder: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_classes(class_names: tuple[str, ...], known: tuple[str, ...]) -> None:
+def check_classes(class_names: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Raises ValueError for a class that is unknown or named twice."""
     for name in class_names:
         if name not in known:
             raise ValueError(
@@ -337,9 +348,9 @@ def _refuse(message: str) -> None:
     raise ValueError(message)
 
 
-def _read_csv(csv_file: Path, complain: Callable[[str], None] = _refuse) -> list[_Row]:
+def read_csv(csv_file: Path, complain: Callable[[str], None] = _refuse) -> list[Row]:
     """The rows; `complain` hears of lines that are wrong, which are left out if it returns."""
-    rows: dict[str, _Row] = {}
+    rows: dict[str, Row] = {}
     for number, line in _lines(csv_file):
         fields = [field.strip() for field in line.split(";")]
         if len(fields) == 1 and re.search(r"[,\t]", line):
@@ -351,7 +362,7 @@ def _read_csv(csv_file: Path, complain: Callable[[str], None] = _refuse) -> list
         if len(fields) > 2 or not fields[0]:
             complain(f"{csv_file}:{number}: expected 'id;label', got {line.strip()!r}")
             continue
-        row = _Row(number, fields[0], fields[1] if len(fields) == 2 and fields[1] else None)
+        row = Row(number, fields[0], fields[1] if len(fields) == 2 and fields[1] else None)
         if row.clip_id in rows:
             complain(
                 f"{csv_file}:{number}: the id {row.clip_id!r} stands in line "
@@ -364,8 +375,8 @@ def _read_csv(csv_file: Path, complain: Callable[[str], None] = _refuse) -> list
     return list(rows.values())
 
 
-def _check_labels(
-    rows: list[_Row],
+def check_labels(
+    rows: list[Row],
     csv_file: Path,
     split: str,
     known: tuple[str, ...],
@@ -390,23 +401,24 @@ def _check_labels(
     return True
 
 
-def _check_coverage(
-    rows: list[_Row],
+def check_coverage(
+    rows: list[Row],
     csv_file: Path,
     split: str,
     class_names: tuple[str, ...],
     *,
     explicit: bool,
 ) -> None:
+    """Says which classes have no clip; raises ValueError if they were asked for, in train."""
     present = {row.label for row in rows}
     absent = [name for name in class_names if name not in present]
     if split == "train" and absent and explicit:
         raise ValueError(
-            f"{csv_file} has no clip of {_few(absent)}: take the class out of dataset.classes, "
+            f"{csv_file} has no clip of {few(absent)}: take the class out of dataset.classes, "
             "or add clips of it"
         )
     if absent:
-        logging.warning("%s has no clip of %s", csv_file, _few(absent))
+        logging.warning("%s has no clip of %s", csv_file, few(absent))
     left_out = sum(row.label not in class_names for row in rows)
     if left_out:
         logging.info("%s: %d clips of other classes are left out", csv_file, left_out)
@@ -421,7 +433,7 @@ def _find_frames_dir(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> Pa
         if len(missing) < len(ids):
             raise FileNotFoundError(
                 f"{len(missing)} of the {len(ids)} clips in {csv_file} have no folder in "
-                f"{frames_dir}: {_few(missing)}; extract every part of the archive, or take "
+                f"{frames_dir}: {few(missing)}; extract every part of the archive, or take "
                 "their lines out of the CSV"
             )
     raise FileNotFoundError(_no_clips_message(data_dir, ids, csv_file))
@@ -430,7 +442,7 @@ def _find_frames_dir(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> Pa
 def _present_clips(data_dir: Path) -> dict[Path, set[str]]:
     """Known place -> the folders in it."""
     found = {}
-    for frames_dir in (data_dir / folder for folder in _FRAME_FOLDERS):
+    for frames_dir in (data_dir / folder for folder in FRAME_FOLDERS):
         if frames_dir.is_dir():
             with os.scandir(frames_dir) as entries:  # once, not a look-up per clip: 148,092
                 found[frames_dir] = {entry.name for entry in entries if entry.is_dir()}
@@ -438,9 +450,9 @@ def _present_clips(data_dir: Path) -> dict[Path, set[str]]:
 
 
 def _no_clips_message(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> str:
-    places = ", ".join(f"{folder}/<id>/" for folder in _FRAME_FOLDERS if folder)
+    places = ", ".join(f"{folder}/<id>/" for folder in FRAME_FOLDERS if folder)
     return (
-        f"none of the {len(ids)} clips in {csv_file} ({_few(ids)}) has a folder in {data_dir}: "
+        f"none of the {len(ids)} clips in {csv_file} ({few(ids)}) has a folder in {data_dir}: "
         f"looked for {places} and <id>/; extract the archive there, or set dataset.data_dir"
     )
 
@@ -452,6 +464,7 @@ def _suggest(name: str, known: tuple[str, ...]) -> str:
     return f"; known: {', '.join(known)}"
 
 
-def _few(names: Sequence[str], most: int = 5) -> str:
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many there are if not all are named."""
     tail = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + tail

@@ -6,6 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+import input_pipeline
 from input_pipeline.jester import CLASS_NAMES
 from rvit_jax.attention import ATTENTION_KINDS
 
@@ -14,7 +15,7 @@ _CHOICES = {
     "model.readout": ("class_token", "class_and_hidden_tokens"),
     "model.head": ("linear", "mlp"),
     "model.remat": ("none", "dots", "frames"),
-    "dataset.name": ("jester", "gestures"),
+    "dataset.name": input_pipeline.NAMES,
     "dataset.sampling": ("head", "dense", "uniform", "random"),
     "dataset.resize": ("squash", "short_side"),
     "dataset.on_error": ("fail", "skip"),

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from input_pipeline import check
+from input_pipeline.jester_dataset_builder import prepare
 from tests.jester_folder import make_clip, make_set
 
 CLIPS = [f"{number};Thumb Up" for number in range(1, 7)]
@@ -127,3 +128,15 @@ def test_no_data(tmp_path, capsys):
     assert status == 1
     assert "there is no folder" in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_shards_are_read_too(root, capsys, tmp_path):
+    prepare(root, tmp_path / "tfds")
+    name = "--config.dataset.name=jester_tfds"
+    status, out, _ = run(tmp_path / "tfds", capsys, name)
+    assert (status, "train: 6 clips, 24 frames read" in out) == (0, True)
+    frame(root, 2, 1).write_bytes(b"no image")  # bytes are stored as they are
+    prepare(root, tmp_path / "again")
+    status, out, _ = run(tmp_path / "again", capsys, name)
+    assert status == 1
+    assert "1 problems: 1 x damaged" in out
