@@ -49,10 +49,17 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config.dataset = ConfigDict()
     # "jester": folders of frames | "jester_tfds": what scripts/prepare_jester.py made of them or of
-    # the download's parts | "gestures": generated; drawn when absent.
+    # the download's parts | "gestures": generated; drawn when absent | of video files:
+    # "video_folder" (<split>/<class>/<video>), "video_list" (a CSV or JSON lines per split),
+    # "ssv2", "kinetics400", "charades".
     config.dataset.name = "jester"
     config.dataset.data_dir = "data/jester"  # holds the frame folders and the CSV files
-    config.dataset.classes = ()  # class names in index order; () = Jester's 27
+    # Of video files: where the annotations lie inside data_dir, a folder or a path with {split} for
+    # the split's name; "": the usual places.
+    config.dataset.labels = ""
+    # Of video files: "fail": each must be there | "skip": those that are not are left out, counted.
+    config.dataset.missing = "fail"
+    config.dataset.classes = ()  # class names in index order; () = Jester's 27, or the data's
     config.dataset.num_frames = 36  # T: frames of a clip
     config.dataset.frame_stride = 1  # source frames from one frame of a clip to the next
     config.dataset.frame_rate = 12.0  # source frames a second: how fast prediction takes them
@@ -88,6 +95,33 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dataset.generate.test = 0
     config.dataset.generate.seed = 0
 
+    # Random changes of training clips, drawn once per clip for all its frames; all off.
+    config.dataset.augment = ConfigDict()
+    augment = config.dataset.augment
+    augment.random_resized_crop = ConfigDict()
+    augment.random_resized_crop.scale = (1.0, 1.0)  # share of the frame's area: lowest, highest
+    augment.random_resized_crop.aspect = (1.0, 1.0)  # width / height: lowest, highest
+    augment.scale_jitter = (1.0, 1.0)  # zoom: above 1 shows less; below 1 leaves grey around
+    augment.horizontal_flip = 0.0  # probability; the class becomes the mirrored one
+    # "auto": by the class names (Jester, Something-Something) | "jester" | "something_something" |
+    # "unchanged": no class depends on left and right (Kinetics, Charades).
+    augment.mirror_classes = "auto"
+    augment.time_reversal = 0.0  # probability; the class becomes the reversed one; Jester's only
+    augment.frame_rate_jitter = (1.0, 1.0)  # how much faster the clip plays: lowest, highest
+    augment.colour_jitter = ConfigDict()  # factors from 1 - strength to 1 + strength
+    augment.colour_jitter.brightness = 0.0
+    augment.colour_jitter.contrast = 0.0
+    augment.colour_jitter.saturation = 0.0
+    augment.colour_jitter.hue = 0.0  # turned by up to this share of the circle; at most 0.5
+    augment.rand_augment = ConfigDict()
+    augment.rand_augment.num_ops = 0  # operations per clip
+    augment.rand_augment.magnitude = 7.0  # 0 to 10
+    augment.random_erasing = ConfigDict()
+    augment.random_erasing.probability = 0.0
+    augment.random_erasing.area = (0.02, 0.33)  # share of the frame: lowest, highest
+    augment.mixup_alpha = 0.0  # of Beta(alpha, alpha); 0 = off; with cutmix a coin decides per clip
+    augment.cutmix_alpha = 0.0
+
     # Evaluation reads each clip so often and averages the answers: from so many places in time
     # (sampling "dense", "uniform" or "random"), with so many crops (resize "short_side").
     config.views = ConfigDict()
@@ -109,7 +143,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.frozen = ()  # parameter paths, as patterns ("patch_embedding/*"), kept as is
 
     config.loss = ConfigDict()
-    config.loss.name = "smoothed_cross_entropy"  # "smoothed_cross_entropy" | "cross_entropy"
+    # "smoothed_cross_entropy" | "cross_entropy" | "binary_cross_entropy": each class for itself,
+    # where a clip may have several.
+    config.loss.name = "smoothed_cross_entropy"
     config.loss.label_smoothing = 0.1  # probability spread evenly over all K classes
 
     config.batch_size = 32  # B: clips of one step, over all devices

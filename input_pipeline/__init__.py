@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from input_pipeline.loader import BatchIterator
     from input_pipeline.source import Source
 
-NAMES = ("jester", "jester_tfds", "gestures")  # of dataset.name
+VIDEO_NAMES = ("video_folder", "video_list", "ssv2", "kinetics400", "charades")
+NAMES = ("jester", "jester_tfds", "gestures", *VIDEO_NAMES)  # of dataset.name
 _GENERATION_LIMIT_S = 3600.0  # how long other processes wait for the one that draws the set
 
 
@@ -87,6 +88,12 @@ def open_source(config: ConfigDict, split: str, *, process_index: int = 0) -> So
     data_dir = os.path.expanduser(config.dataset.data_dir)
     if name == "gestures":
         _provide_gestures(config, data_dir, process_index)
+    if name in VIDEO_NAMES:
+        from input_pipeline import video_files
+
+        return video_files.read_split(
+            name, data_dir, split, classes, config.dataset.labels, config.dataset.missing
+        )
     if name == "jester_tfds":
         from input_pipeline import jester_tfds
 

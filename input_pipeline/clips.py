@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-import zlib
 from typing import Any
 
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from input_pipeline import sampling, transforms
+from input_pipeline import label_maps, sampling, transforms
 from input_pipeline.source import Source, VideoInfo
 
 Clip = dict[str, Any]
@@ -42,6 +41,8 @@ class ClipOptions:
     on_error: str = "fail"
     temporal_views: int = 1
     spatial_views: int = 1
+    time_reversal: float = 0.0
+    frame_rate_jitter: tuple[float, float] = (1.0, 1.0)
     seed: int = 0
     training: bool = False
 
@@ -63,6 +64,8 @@ class ClipOptions:
             on_error=dataset.on_error,
             temporal_views=views.get("temporal", 1),
             spatial_views=views.get("spatial", 1),
+            time_reversal=dataset.augment.time_reversal,
+            frame_rate_jitter=tuple(dataset.augment.frame_rate_jitter),
             seed=config.seed,
             training=training,
         )
@@ -102,7 +105,10 @@ class ClipOptions:
     def draws(self) -> bool:
         """Whether a clip may come out otherwise in another epoch."""
         return self.training and (
-            self.sampling in ("random", "dense") or self.resize == "short_side"
+            self.sampling in ("random", "dense")
+            or self.resize == "short_side"
+            or self.time_reversal > 0
+            or self.frame_rate_jitter != (1.0, 1.0)
         )
 
 
@@ -120,10 +126,16 @@ class ClipReader:
         """
         if cache and options.draws:
             raise ValueError(
-                "dataset.cache keeps each clip as it was first read, but dataset.sampling="
-                f"{options.sampling} and dataset.resize={options.resize} draw it anew each epoch: "
-                "set dataset.cache=False"
+                "dataset.cache keeps each clip as it was first read, but it is drawn anew each "
+                f"epoch (dataset.sampling={options.sampling}, dataset.resize={options.resize}, "
+                f"augment.time_reversal={options.time_reversal}, augment.frame_rate_jitter="
+                f"{options.frame_rate_jitter}): set dataset.cache=False"
             )
+        # Also a check: the classes must be known, and the range possible.
+        self._reversed = None
+        if options.training and options.time_reversal:
+            self._reversed = label_maps.reversal_map(source.class_names)
+        label_maps.jitter_stride(1.0, options.frame_rate_jitter, random=np.random.default_rng(0))
         self._source = source
         self._options = options
         self._cache: dict[int, Clip] | None = {} if cache else None
@@ -162,7 +174,7 @@ class ClipReader:
         """Decodes a clip."""
         clip_id = self._source.ids[index]
         try:
-            video, num_frames, indices = self._decode(index, epoch)
+            video, num_frames, indices, label = self._decode(index, epoch)
         except (ValueError, FileNotFoundError) as error:
             if self._options.on_error == "skip":
                 logging.warning("skipping the clip %s: %s", clip_id, error)
@@ -175,29 +187,31 @@ class ClipReader:
                 f"reading the clip {clip_id!r} of the {self._source.name} split failed: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        labels = self._source.labels
         return {
             "video": video,
-            "label": -1 if labels is None else labels[index],
+            "label": label,
             "num_frames": num_frames,
             "frame_indices": indices,
             "mask": True,
             "id": clip_id,
         }
 
-    def _decode(self, index: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The video, its number of real frames, and which frames of the source they are."""
-        options = self._options
+    def _decode(
+        self, index: int, epoch: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int | np.ndarray]:
+        """The video, its number of real frames, which of the source they are, and the label."""
+        options, labels = self._options, self._source.labels
         random = None
         if options.training:
-            clip_id = self._source.ids[index]
-            random = np.random.default_rng([options.seed, epoch, zlib.crc32(clip_id.encode())])
+            random = label_maps.clip_generator(options.seed, epoch, self._source.ids[index])
         chosen: list[np.ndarray] = []  # per temporal view
+        label = -1 if labels is None else labels[index]
 
         def choose(info: VideoInfo) -> np.ndarray:
-            chosen.extend(
-                self._choose(index, info, view, random) for view in range(options.temporal_views)
-            )
+            nonlocal label
+            for view in range(options.temporal_views):
+                indices, label = self._choose(index, info, view, label, random)
+                chosen.append(indices)
             return np.unique(np.concatenate(chosen))
 
         frames = self._source.read(index, choose)
@@ -218,7 +232,7 @@ class ClipReader:
                     row[t] = resize(where[frame])
         if options.frame_packing == "channel_planes":
             rows[:] = [transforms.pack_channel_planes(row) for row in rows]
-        return video, *self._describe(chosen, video.shape[:-4])
+        return video, *self._describe(chosen, video.shape[:-4]), label
 
     def _describe(
         self, chosen: list[np.ndarray], views: tuple[int, ...]
@@ -233,14 +247,22 @@ class ClipReader:
         return num_frames.reshape(views), padded.reshape(*views, options.num_frames)
 
     def _choose(
-        self, index: int, info: VideoInfo, view: int, random: np.random.Generator | None
-    ) -> np.ndarray:
-        options = self._options
+        self,
+        index: int,
+        info: VideoInfo,
+        view: int,
+        label: int | np.ndarray,
+        random: np.random.Generator | None,
+    ) -> tuple[np.ndarray, int | np.ndarray]:
+        """The frames of a view, and the label of what they show."""
+        options, stride = self._options, float(self._options.frame_stride)
+        if random is not None:
+            stride = label_maps.jitter_stride(stride, options.frame_rate_jitter, random=random)
         indices = sampling.choose_frames(
             info,
             options.sampling,
             options.num_frames,
-            stride=options.frame_stride,
+            stride=stride,
             frame_rate=options.frame_rate,
             place=(view + 0.5) / options.temporal_views,
             random=random,
@@ -248,6 +270,14 @@ class ClipReader:
         indices = sampling.order_frames(
             indices, options.frame_order, seed=options.seed, clip_id=self._source.ids[index]
         )
+        if self._reversed is not None:
+            indices, label = label_maps.reverse_at_random(
+                indices,
+                label,
+                self._reversed,
+                probability=options.time_reversal,
+                random=random,
+            )
         if options.short_clips == "repeat_last":
             indices = sampling.repeat_last(indices, options.num_frames)
-        return indices
+        return indices, label

@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import transforms
-from input_pipeline.source import ChooseFrames, VideoInfo
+from input_pipeline.source import ChooseFrames, VideoInfo, few, rows_of
 
 # Class index = position. This is the order of the reference and so of its checkpoint; it is NOT
 # the order of `jester-v1-labels.csv`.
@@ -116,18 +116,10 @@ class Split:
         Raises:
             ValueError: an id is not in the split, or given twice.
         """
-        rows = {clip_id: row for row, clip_id in enumerate(self.ids)}
-        unknown = [clip_id for clip_id in ids if clip_id not in rows]
-        if unknown:
-            raise ValueError(
-                f"the {self.name} split has no clip {few(unknown)}; its {len(self.ids)} ids begin "
-                f"with {', '.join(self.ids[:3])}"
-            )
-        if len(set(ids)) < len(ids):
-            raise ValueError(f"a clip is asked for twice: {', '.join(ids)}")
+        order = rows_of(self, ids)
         labels = self.labels
         if labels is not None:
-            labels = labels[[rows[clip_id] for clip_id in ids]]
+            labels = labels[order]
         return dataclasses.replace(self, ids=tuple(ids), labels=labels)
 
 
@@ -462,9 +454,3 @@ def _suggest(name: str, known: tuple[str, ...]) -> str:
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
     return f"; known: {', '.join(known)}"
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and how many there are if not all are named."""
-    tail = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return ", ".join(names[:most]) + tail

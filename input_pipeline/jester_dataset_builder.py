@@ -37,6 +37,7 @@ from input_pipeline.jester_parts import (
     Survey,
     find_parts,
 )
+from input_pipeline.source import few
 
 FORMAT = 1  # of what `metadata.json` holds; another number is refused
 REPORT_NAME = "preparation_report.json"
@@ -120,7 +121,7 @@ def read_plan(
             jester.check_coverage(every, csv_file, split, tuple(classes), explicit=True)
             every = [row for row in every if row.label in classes]
         if not every:
-            raise ValueError(f"{csv_file} holds no clip of {jester.few(classes)}: name others")
+            raise ValueError(f"{csv_file} holds no clip of {few(classes)}: name others")
         rows[split] = tuple(every[:limit])
     return Plan(
         rows,
@@ -456,7 +457,7 @@ class Jester(tfds.core.dataset_builder.FileReaderBuilder):
             if not records:
                 raise ValueError(
                     f"the data holds none of the {len(plan.rows[split])} clips of the {split} CSV "
-                    f"({jester.few([row.clip_id for row in plan.rows[split]])}): does the CSV "
+                    f"({few([row.clip_id for row in plan.rows[split]])}): does the CSV "
                     "belong to it?"
                 )
             shards[split].finish()

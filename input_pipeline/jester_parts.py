@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from input_pipeline import jester
+from input_pipeline.source import few
 
 PART_STEM = "20bn-jester-v1-"
 _PART_NAME = re.compile(re.escape(PART_STEM) + r"(\d{2,})")
@@ -99,9 +100,9 @@ def find_parts(source: Path) -> list[Part]:
             others.append(path.name)
     missing = [n for n in range(max(numbers, default=-1) + 1) if n not in numbers]
     if missing:
-        near = f" (there is {jester.few(others)})" if others else ""
+        near = f" (there is {few(others)})" if others else ""
         raise ValueError(
-            f"{source} lacks {jester.few([f'{PART_STEM}{n:02d}' for n in missing])}{near} of the "
+            f"{source} lacks {few([f'{PART_STEM}{n:02d}' for n in missing])}{near} of the "
             f"parts {PART_STEM}00 to {numbers[max(numbers)].name}: download the missing ones"
         )
     parts = []
@@ -255,7 +256,7 @@ class PartsSource:
         small = [part for part in self._parts[:-1] if part.size < largest]
         if not small:
             return ""
-        sizes = jester.few([f"{part.name} with {part.size:,} bytes" for part in small])
+        sizes = few([f"{part.name} with {part.size:,} bytes" for part in small])
         return f". Smaller than the largest part ({largest:,} bytes): {sizes}"
 
 

@@ -13,7 +13,7 @@ from absl import logging
 from PIL import Image
 
 from input_pipeline import jester
-from input_pipeline.source import ChooseFrames, VideoInfo
+from input_pipeline.source import ChooseFrames, VideoInfo, few
 
 _PREPARE = "python scripts/prepare_jester.py --source=DIR --data_dir={}"
 
@@ -171,8 +171,8 @@ def read_split(
     left_out = [c for c in classes if metadata["classes"] and c not in metadata["classes"]]
     if left_out:
         raise ValueError(
-            f"dataset.classes: {folder} was prepared without {jester.few(left_out)}, with "
-            f"{jester.few(metadata['classes'])} alone; name some of these, or prepare it anew"
+            f"dataset.classes: {folder} was prepared without {few(left_out)}, with "
+            f"{few(metadata['classes'])} alone; name some of these, or prepare it anew"
         )
     table = metadata["splits"][split]
     _check_table(table, num_records.get(split), len(known), f"{folder}, split {split!r}")
@@ -190,7 +190,7 @@ def read_split(
         rows = [row for row in rows if known[table["labels"][row]] in class_names]
     if not rows:
         raise ValueError(
-            f"{folder} holds no clip of the classes wanted ({jester.few(class_names)}) in the "
+            f"{folder} holds no clip of the classes wanted ({few(class_names)}) in the "
             f"{split} split: name others in dataset.classes, or leave it empty"
         )
     return _source(str(data_dir), split, table, rows, known, class_names)

@@ -121,7 +121,8 @@ class BatchIterator(Iterator[Batch]):
         split: "train", "validation" or "test".
         num_clips: clips of one epoch, over all processes.
         class_names: in index order.
-        has_labels: False where the CSV gives ids only.
+        has_labels: False where the data gives ids only.
+        multi_label: a clip may have several labels.
         steps_per_epoch: global batches that cover every clip once.
     """
 
@@ -163,6 +164,7 @@ class BatchIterator(Iterator[Batch]):
         self.num_clips = len(source.ids)
         self.class_names = source.class_names
         self.has_labels = source.labels is not None
+        self.multi_label = self.has_labels and source.labels.ndim == 2
         self._order = ClipOrder(
             self.num_clips,
             batch_size,

@@ -18,7 +18,7 @@ def choose_frames(
     how: str,
     num_frames: int,
     *,
-    stride: int = 1,
+    stride: float = 1,
     frame_rate: float = 1.0,
     place: float = 0.5,
     random: np.random.Generator | None = None,
@@ -37,7 +37,7 @@ def choose_frames(
         info: of the video.
         how: one of `SAMPLINGS`.
         num_frames: T, the most frames to take, from 1.
-        stride: k, from 1.
+        stride: k, above 0; below 1 it is taken for 1.
         frame_rate: frames per second that `stride` counts.
         place: which of several views of a video, 0 to 1: where "dense" begins, from the first
             place to the last possible; where in each part "uniform" takes its frame.
@@ -47,22 +47,22 @@ def choose_frames(
         Indices into the video, counted from 0 and ascending, int64 [n] with 1 <= n <= T.
 
     Raises:
-        ValueError: an argument is below 1, or `how` is unknown.
+        ValueError: a number is below 1, `stride` not above 0, or `how` is unknown.
     """
     for name, value in (
         ("the number of frames of the video", info.num_frames),
         ("num_frames", num_frames),
-        ("stride", stride),
     ):
         if value < 1:
             raise ValueError(f"{name} is {value}; it counts from 1")
+    if not stride > 0:
+        raise ValueError(f"stride is {stride}; it counts from 1")
     if how not in SAMPLINGS:
         raise ValueError(f"sampling is {how!r}; choose one of: {', '.join(SAMPLINGS)}")
     if how in ("uniform", "random"):
         return _one_of_each_part(info, num_frames, place, random if how == "random" else None)
-    step = float(stride)
-    if info.frame_rate is not None:
-        step = max(1.0, stride * info.frame_rate / frame_rate)
+    faster = 1.0 if info.frame_rate is None else info.frame_rate / frame_rate
+    step = max(1.0, stride * faster)
     start = 0.0
     if how == "dense":
         last_start = max(0.0, info.num_frames - 1 - (num_frames - 1) * step)

@@ -62,3 +62,27 @@ class Source(Protocol):
             ValueError: an id is not in the split, or given twice.
         """
         ...
+
+
+def rows_of(source: Source, ids: Sequence[str]) -> list[int]:
+    """The rows of the clips `ids`, in that order: what `Source.select` takes.
+
+    Raises:
+        ValueError: an id is not in the split, or given twice.
+    """
+    rows = {clip_id: row for row, clip_id in enumerate(source.ids)}
+    unknown = [clip_id for clip_id in ids if clip_id not in rows]
+    if unknown:
+        raise ValueError(
+            f"the {source.name} split has no clip {few(unknown)}; its {len(source.ids)} ids begin "
+            f"with {', '.join(source.ids[:3])}"
+        )
+    if len(set(ids)) < len(ids):
+        raise ValueError(f"a clip is asked for twice: {', '.join(ids)}")
+    return [rows[clip_id] for clip_id in ids]
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many there are if not all are named."""
+    tail = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(names[:most]) + tail

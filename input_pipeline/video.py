@@ -139,6 +139,14 @@ def _because(problem: str | None) -> str:
     return f": {problem}" if problem else ""
 
 
+# What FFmpeg may take a file for. Others, such as the text of an ffconcat or m3u8 list, name
+# further files and addresses, which FFmpeg would open.
+CONTAINERS = (
+    "mov,matroska,avi,mpeg,mpegts,mpegvideo,gif,asf,flv,ogg,nut,mxf,yuv4mpegpipe,h264,hevc,m4v,"
+    "h263,h261,vc1,mjpeg,ivf,obu,av1,dv,rm,wtv,apng,swf,3gp"
+)
+
+
 class VideoFile(Video):
     """A file, decoded with FFmpeg's libraries through PyAV.
 
@@ -151,11 +159,12 @@ class VideoFile(Video):
 
         av.logging.set_level(av.logging.PANIC)  # its lines name no file; `problem` does
         try:
-            # A file, whatever its name looks like: no protocol, no pattern of many files.
-            options = {"pattern_type": "none"}
-            self._container = av.open(f"file:{path}", options=options)
+            # A file, whatever its name looks like: no protocol.
+            self._container = av.open(
+                f"file:{path}", container_options={"format_whitelist": CONTAINERS}
+            )
         except (av.FFmpegError, OSError, ValueError) as error:
-            reason = "the file is empty" if path.stat().st_size == 0 else _reason(error)
+            reason = "the file is empty" if path.stat().st_size == 0 else reason_of(error)
             raise ValueError(
                 f"{path} cannot be read as a video: {reason}; expected a whole video file that "
                 "FFmpeg can decode, a folder of images, camera:N or -"
@@ -188,7 +197,7 @@ class VideoFile(Video):
             for decoded, error in self._decode(packet) if packet is not None else ():
                 damage = damage or error
                 if decoded is not None:
-                    image = _upright(decoded.to_ndarray(format="rgb24"), decoded.rotation)
+                    image = upright(decoded.to_ndarray(format="rgb24"), decoded.rotation)
                     yield Frame(count, self._time_of(decoded.time), image)
                     count += 1
         self.problem = self._what_is_missing(count, damage)
@@ -242,7 +251,7 @@ class VideoFile(Video):
                     self._discarded += packet.is_discard
                     yield packet, None
         except av.FFmpegError as error:
-            yield None, _reason(error)
+            yield None, reason_of(error)
 
     def _decode(self, packet) -> Iterator[tuple[object | None, str | None]]:
         """A packet's frames, or why it has none."""
@@ -253,19 +262,19 @@ class VideoFile(Video):
                 damaged = "a damaged frame" if decoded.is_corrupt else None
                 yield decoded, damaged
         except av.FFmpegError as error:
-            yield None, _reason(error)
+            yield None, reason_of(error)
 
     def close(self) -> None:
         """Closes the file."""
         self._container.close()
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """FFmpeg's own words, without the number and the file that PyAV puts around them."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _upright(image: np.ndarray, degrees: int) -> np.ndarray:
+def upright(image: np.ndarray, degrees: int) -> np.ndarray:
     """Turns a frame as its file asks, counterclockwise; telephones film lying down."""
     turns = round(degrees / 90.0) % 4
     return np.ascontiguousarray(np.rot90(image, turns)) if turns else image

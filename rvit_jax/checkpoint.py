@@ -119,8 +119,10 @@ class _KeepLatestAndBest(policies.PreservationPolicy):
 
 
 def _rank(metrics: dict[str, Any] | None, step: int) -> tuple[float, int]:
-    """The greatest is the best checkpoint: highest top1, of equals the later."""
-    return (metrics["top1"] if metrics else -1.0, step)
+    """The greatest is the best checkpoint: highest top1 or mAP, of equals the later."""
+    if not metrics:
+        return (-1.0, step)
+    return (metrics.get("mean_average_precision", metrics.get("top1")), step)
 
 
 class Checkpoints:

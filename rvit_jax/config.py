@@ -7,8 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import input_pipeline
+from input_pipeline import label_maps
 from input_pipeline.jester import CLASS_NAMES
 from rvit_jax.attention import ATTENTION_KINDS
+from rvit_jax.augment import check_options
 
 _CHOICES = {
     "model.attention": ATTENTION_KINDS,
@@ -19,12 +21,14 @@ _CHOICES = {
     "dataset.sampling": ("head", "dense", "uniform", "random"),
     "dataset.resize": ("squash", "short_side"),
     "dataset.on_error": ("fail", "skip"),
+    "dataset.missing": ("fail", "skip"),
+    "dataset.augment.mirror_classes": label_maps.MIRROR_RULES,
     "dataset.short_clips": ("repeat_last", "ragged"),
     "dataset.frame_packing": ("rgb", "channel_planes"),
     "dataset.frame_order": ("forward", "shuffled", "single"),
     "optimizer.name": ("adamw", "adam", "sgd"),
     "optimizer.schedule": ("step", "cosine", "constant"),
-    "loss.name": ("smoothed_cross_entropy", "cross_entropy"),
+    "loss.name": ("smoothed_cross_entropy", "cross_entropy", "binary_cross_entropy"),
 }
 # Least and greatest value, both allowed; None: no limit.
 _RANGES = {
@@ -42,6 +46,7 @@ _RANGES = {
     "dataset.frame_stride": (1, None),
     "dataset.frame_rate": (0.01, 1e4),
     "dataset.num_workers": (0, None),
+    "dataset.augment.time_reversal": (0.0, 1.0),
     "dataset.generate.train": (0, None),
     "dataset.generate.validation": (0, None),
     "dataset.generate.test": (0, None),
@@ -145,6 +150,7 @@ def check_config(config: ConfigDict, reference: ConfigDict, *, training: bool = 
         check_model_config(config.model)
         _check_classes(config)
         _check_warmup(config)
+        check_options(config)
     if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
         raise ValueError(f"config.optimizer.betas={config.optimizer.betas}: two numbers in [0, 1)")
 
@@ -162,8 +168,10 @@ def _check_values(config: ConfigDict) -> None:
 
 
 def _check_classes(config: ConfigDict) -> None:
-    names = config.dataset.classes or CLASS_NAMES
-    if len(names) != config.model.num_classes:
+    names = config.dataset.classes
+    if config.dataset.name in ("jester", "jester_tfds", "gestures"):
+        names = names or CLASS_NAMES
+    if names and len(names) != config.model.num_classes:
         which = "names" if config.dataset.classes else "=() means Jester's"
         raise ValueError(
             f"config.dataset.classes {which} {len(names)} classes, but "
@@ -192,6 +200,16 @@ def _check_dataset(config: ConfigDict) -> None:
         raise ValueError(
             "config.dataset.frame_packing='channel_planes' mixes a clip's frames and needs all "
             "num_frames of them: set config.dataset.short_clips='repeat_last'"
+        )
+    changes_time = dataset.augment.time_reversal > 0 or tuple(
+        dataset.augment.frame_rate_jitter
+    ) != (1.0, 1.0)
+    if changes_time and (
+        dataset.frame_order != "forward" or dataset.frame_packing == "channel_planes"
+    ):
+        raise ValueError(
+            "config.dataset.augment.time_reversal and frame_rate_jitter need frames in their "
+            "order: set config.dataset.frame_order='forward' and frame_packing='rgb'"
         )
     if dataset.cache and dataset.num_workers:
         raise ValueError(

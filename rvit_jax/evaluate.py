@@ -27,7 +27,7 @@ from tqdm import tqdm
 import input_pipeline
 from rvit_jax import anytime, checkpoint, losses, steps
 from rvit_jax.config import suggest
-from rvit_jax.metrics import ClassificationMetrics
+from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
 EvalStep = Callable[[nnx.State, nnx.State, steps.Batch], tuple[Array, Array]]
 # What the compiled steps take of a batch; ids stay on the host.
@@ -65,11 +65,12 @@ class SplitResult:
     Attributes:
         ids: clip ids.
         probabilities: [clips, K].
-        label: [clips], -1 without labels.
-        metrics: see `ClassificationMetrics.result`; None without labels.
-        confusion: [K, K], true by predicted; None without labels.
+        label: [clips], -1 without labels; of several labels per clip [clips, K] of 0 and 1.
+        metrics: see `ClassificationMetrics.result` and `MultiLabelMetrics.result`; None without
+            labels.
+        confusion: [K, K], true by predicted; None without labels or with several per clip.
         num_skipped: clips that could not be read (`config.dataset.on_error="skip"`).
-        answers: after every frame; None without labels, or where they were not asked for.
+        answers: after every frame; None without one label per clip, or where not asked for.
         worst: the clips with the worst answers, the worst first; empty unless asked for.
     """
 
@@ -95,6 +96,7 @@ def evaluate_split(
     dataset: Iterator[dict[str, Any]],
     *,
     num_classes: int,
+    multi_label: bool = False,
     label_index: np.ndarray | None = None,
     num_worst: int = 0,
     progress: str | None = None,
@@ -109,6 +111,7 @@ def evaluate_split(
         fixed: its other variables.
         dataset: one pass, see `input_pipeline.get_dataset`.
         num_classes: K of the model.
+        multi_label: a clip may have several labels: each class is for itself.
         label_index: [classes of the data set] -> the model's class index; the same by default.
         num_worst: clips to keep for `SplitResult.worst`.
         progress: text before the progress bar; none without.
@@ -120,7 +123,7 @@ def evaluate_split(
     Raises:
         ValueError: logits that are not finite.
     """
-    results = _Results(num_classes, dataset.has_labels, num_worst)
+    results = _Results(num_classes, dataset.has_labels, multi_label, num_worst)
     bar = tqdm(
         total=dataset.num_clips,
         desc=progress,
@@ -135,20 +138,28 @@ def evaluate_split(
             if should_stop():
                 return None
             if label_index is not None and dataset.has_labels:
-                label = np.where(batch["mask"], label_index[batch["label"]], 0).astype(np.int32)
-                batch = {**batch, "label": label}
+                batch = {**batch, "label": _reindex(batch, label_index, num_classes)}
             logits, loss = eval_step(params, fixed, on_device(batch))
             results.add(batch, np.asarray(logits), np.asarray(loss))
             bar.update(int(batch["mask"].sum()))
     return results.result()
 
 
+def _reindex(batch: dict[str, Any], label_index: np.ndarray, num_classes: int) -> np.ndarray:
+    """Labels in the model's order of classes."""
+    if batch["label"].ndim == 1:
+        return np.where(batch["mask"], label_index[batch["label"]], 0).astype(np.int32)
+    label = np.zeros((len(batch["label"]), num_classes), np.float32)
+    label[:, label_index] = batch["label"]
+    return label
+
+
 class _Results:
     """Collects what `SplitResult` holds, batch by batch."""
 
-    def __init__(self, num_classes: int, has_labels: bool, num_worst: int):
-        self._has_labels, self._num_worst = has_labels, num_worst
-        self._metrics = ClassificationMetrics(num_classes)
+    def __init__(self, num_classes: int, has_labels: bool, multi_label: bool, num_worst: int):
+        self._has_labels, self._multi_label, self._num_worst = has_labels, multi_label, num_worst
+        self._metrics = MultiLabelMetrics() if multi_label else ClassificationMetrics(num_classes)
         self._num_skipped = 0
         self._ids: list[str] = []
         self._probabilities: list[np.ndarray] = []
@@ -173,7 +184,8 @@ class _Results:
                 every = np.asarray(jax.nn.softmax(by_frame[mask], axis=-1))
                 answers = anytime.Answers.from_probabilities(every, num_frames[mask], label)
                 self._answers.append(answers)
-        probabilities = np.asarray(jax.nn.softmax(logits[mask], axis=-1))
+        to_probabilities = jax.nn.sigmoid if self._multi_label else jax.nn.softmax
+        probabilities = np.asarray(to_probabilities(logits[mask]))
         self._ids.extend(batch["id"][mask].tolist())
         self._probabilities.append(probabilities)
         self._labels.append(label)
@@ -207,7 +219,7 @@ class _Results:
             probabilities=np.concatenate(self._probabilities),
             label=np.concatenate(self._labels),
             metrics=self._metrics.result() if labelled else None,
-            confusion=self._metrics.confusion if labelled else None,
+            confusion=self._metrics.confusion if labelled and not self._multi_label else None,
             num_skipped=self._num_skipped,
             answers=anytime.Answers.concatenate(self._answers) if self._answers else None,
             worst=tuple(self._worst),
@@ -279,8 +291,17 @@ def evaluate(
     module = loaded.model.module
     graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
     loss_per_clip = losses.make_loss(config.loss)
-    if config.dataset.frame_packing == "channel_planes" or max(config.views.values()) > 1:
-        # No "before the clip is over": frames that hold colours of other moments, or several clips.
+    multi_label = config.loss.name == "binary_cross_entropy"
+    if dataset.has_labels and dataset.multi_label != multi_label:
+        raise ValueError(
+            f"config.loss.name={config.loss.name}, but the clips of {config.dataset.data_dir} have "
+            f"{'several labels' if dataset.multi_label else 'one label'} each: take the config "
+            "that the model was trained with"
+        )
+    scrambled = config.dataset.frame_packing == "channel_planes"
+    if scrambled or multi_label or max(config.views.values()) > 1:
+        # No one answer before the clip is over: frames that hold colours of other moments, several
+        # labels, several clips.
         eval_step = steps.make_eval_step(graphdef, loss_per_clip, ragged=is_ragged(config))
     else:
         eval_step = steps.make_anytime_step(graphdef, loss_per_clip)
@@ -293,7 +314,8 @@ def evaluate(
         label_index=(
             match_labels(dataset.class_names, loaded.class_names) if dataset.has_labels else None
         ),
-        num_worst=WORST_CLIPS,
+        multi_label=multi_label,
+        num_worst=0 if multi_label else WORST_CLIPS,
         progress=f"evaluating {split}",
     )
     dataset.close()
@@ -388,7 +410,10 @@ def write_results(
     for clip_id, row, index, label in zip(
         result.ids, result.probabilities, predicted, result.label, strict=True
     ):
-        name = class_names[label] if label >= 0 else ""
+        if np.ndim(label):
+            name = " | ".join(class_names[k] for k in np.flatnonzero(label))
+        else:
+            name = class_names[label] if label >= 0 else ""
         rows.append((clip_id, class_names[index], f"{row[index]:.6f}", name))
     _write_csv(folder / f"{stem}_predictions.csv", rows)
     if result.confusion is not None:

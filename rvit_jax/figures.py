@@ -49,7 +49,7 @@ def training_curve(records: Sequence[dict[str, Any]], key: str, theme: Theme = L
 
     Args:
         records: lines of `metrics.jsonl`, at least one.
-        key: "loss" or "top1".
+        key: "loss", "top1" or "mean_average_precision".
         theme: colours.
     """
     figure, axes = _figure(theme)
@@ -62,9 +62,10 @@ def training_curve(records: Sequence[dict[str, Any]], key: str, theme: Theme = L
         if points:
             marker = "o" if len(points) < 40 else None
             axes.plot(*zip(*points, strict=True), color=colour, marker=marker, ms=3, label=name)
-    axes.set(xlabel="step", ylabel={"loss": "loss [nats]", "top1": "top-1"}[key])
+    names = {"loss": "loss [nats]", "top1": "top-1", "mean_average_precision": "mAP"}
+    axes.set(xlabel="step", ylabel=names[key])
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if key == "top1":
+    if key != "loss":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _legend(axes, theme)
     return figure

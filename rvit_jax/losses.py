@@ -9,12 +9,16 @@ from ml_collections import ConfigDict
 
 from rvit_jax.shapes import Logits
 
-Labels = Int[Array, "B"]
+# Class indices, or a target for every class: shares that sum to 1 (mixup), or 0 and 1 each for
+# itself (several labels per clip).
+Labels = Int[Array, "B"] | Float[Array, "B K"]
 PerClip = Float[Array, "B"]
 
 
 def cross_entropy(logits: Logits, label: Labels) -> PerClip:
     """`-log softmax(logits)[label]` of each clip, in nats."""
+    if label.ndim == 2:
+        return optax.softmax_cross_entropy(logits, label)
     return optax.softmax_cross_entropy_with_integer_labels(logits, label)
 
 
@@ -23,12 +27,19 @@ def smoothed_cross_entropy(logits: Logits, label: Labels, label_smoothing: float
 
     The reference's `LSCE`, with 0.1.
     """
-    target = optax.smooth_labels(jax.nn.one_hot(label, logits.shape[-1]), label_smoothing)
-    return optax.softmax_cross_entropy(logits, target)
+    target = label if label.ndim == 2 else jax.nn.one_hot(label, logits.shape[-1])
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, label_smoothing))
+
+
+def binary_cross_entropy(logits: Logits, label: Float[Array, "B K"]) -> PerClip:
+    """Each class for itself: the mean over the K classes of their binary cross-entropies, nats."""
+    return optax.sigmoid_binary_cross_entropy(logits, label).mean(-1)
 
 
 def make_loss(config: ConfigDict) -> Callable[[Logits, Labels], PerClip]:
-    """The function of logits [B, K] and labels [B] that `config.loss` asks for."""
+    """The function of logits [B, K] and labels that `config.loss` asks for."""
     if config.name == "smoothed_cross_entropy":
         return lambda logits, label: smoothed_cross_entropy(logits, label, config.label_smoothing)
-    return cross_entropy
+    return {"cross_entropy": cross_entropy, "binary_cross_entropy": binary_cross_entropy}[
+        config.name
+    ]

@@ -79,6 +79,8 @@ def write_report(
     path = folder / f"report{suffix}.html"
     names = loaded.class_names
     training = _training_records(loaded.path)
+    by_class = any("mean_average_precision" in line for line in training)
+    accuracy = "mean_average_precision" if by_class else "top1"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -98,7 +100,7 @@ def write_report(
         classes=_per_class(result.confusion, names) if result.confusion is not None else [],
         pairs=_confused(result.confusion, names) if result.confusion is not None else [],
         training=(
-            [_picture(figures.training_curve, training, key) for key in ("loss", "top1")]
+            [_picture(figures.training_curve, training, key) for key in ("loss", accuracy)]
             if training
             else []
         ),
@@ -142,7 +144,8 @@ def _training_records(checkpoint: Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError:  # its writing was cut off; resuming drops it too
             continue
-    return records
+    measured = {"top1", "mean_average_precision"}
+    return [record for record in records if measured & set(record)]
 
 
 def _other_records(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array
 
+from rvit_jax.augment import Augment
 from rvit_jax.model import RViT
 
 Batch = dict[str, Array]  # video [B,T,H,W,3], label [B], num_frames [B], mask [B]
@@ -47,6 +48,7 @@ def make_train_step(
     *,
     seed: int,
     ragged: bool,
+    augment: Augment | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function (state, batch) -> (state, sums over the batch's real clips).
 
@@ -58,18 +60,22 @@ def make_train_step(
         loss_per_clip: see `rvit_jax.losses`.
         seed: of the dropout.
         ragged: clips differ in `num_frames`; False spares the masking of each frame.
+        augment: changes the batch's clips and labels, see `rvit_jax.augment`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         mask = batch["mask"].astype(jnp.float32)
         num_clips = mask.sum()
+        video, label = batch["video"], batch["label"]
+        if augment is not None:
+            video, label = augment(key, video, label, batch["mask"], batch["num_frames"])
 
         def mean_loss(params: nnx.State) -> tuple[Array, Array]:
             model = nnx.merge(graphdef, params, state.fixed)
             num_frames = batch["num_frames"] if ragged else None
-            logits, _ = model(batch["video"], num_frames=num_frames, rngs=key)
-            losses = loss_per_clip(logits, batch["label"])
+            logits, _ = model(video, num_frames=num_frames, rngs=key)
+            losses = loss_per_clip(logits, label)
             return (losses * mask).sum() / jnp.maximum(num_clips, 1.0), logits
 
         (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -78,7 +84,7 @@ def make_train_step(
         sums = {
             "clips": num_clips,
             "loss": loss * num_clips,
-            "right": ((logits.argmax(-1) == batch["label"]) * mask).sum(),
+            "right": (_is_right(logits, label) * mask).sum(),
             "grad_norm": optax.tree.norm(grads),
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), sums
@@ -86,13 +92,25 @@ def make_train_step(
     return train_step
 
 
+def _is_right(logits: Array, label: Array) -> Array:
+    """Whether the likeliest class is the clip's; of several or mixed ones, the heaviest, [B]."""
+    best = logits.argmax(-1)
+    if label.ndim == 1:
+        return best == label
+    weight = jnp.take_along_axis(label, best[:, None], axis=-1)[:, 0]
+    return (weight == label.max(-1)) & (weight > 0)
+
+
 def make_eval_step(
-    graphdef: nnx.GraphDef, loss_per_clip: Callable[[Array, Array], Array], *, ragged: bool
+    graphdef: nnx.GraphDef,
+    loss_per_clip: Callable[[Array, Array], Array],
+    *,
+    ragged: bool,
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
     """The function (params, fixed, batch) -> (logits [B, K], loss [B]), without dropout.
 
     `graphdef` may be of a model in either mode. With several views of each clip, `video`
-    [B, V, T, H, W, 3], the probabilities are averaged, and the logits are the logarithms of that.
+    [B, V, T, H, W, 3], the probabilities are averaged, and the logits are those of that.
     """
 
     def eval_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
@@ -103,8 +121,11 @@ def make_eval_step(
             video, num_frames = (x.reshape(-1, *x.shape[2:]) for x in (video, num_frames))
         logits, _ = model(video, num_frames=num_frames if ragged else None)
         if views:
-            probabilities = jax.nn.softmax(logits.reshape(-1, *views, logits.shape[-1]), axis=-1)
-            logits = jnp.log(probabilities.mean(axis=1))
+            logits = logits.reshape(-1, *views, logits.shape[-1])
+            if batch["label"].ndim == 2:  # each class for itself
+                logits = jax.scipy.special.logit(jax.nn.sigmoid(logits).mean(axis=1))
+            else:
+                logits = jnp.log(jax.nn.softmax(logits, axis=-1).mean(axis=1))
         return logits, _loss(loss_per_clip, logits, batch)
 
     return eval_step

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import input_pipeline
 from rvit_jax import checkpoint, evaluate, losses, optimizer, steps
+from rvit_jax.augment import make_augment
 from rvit_jax.command import Stopped
 from rvit_jax.initialise import initialise
 from rvit_jax.model import RViT
@@ -98,7 +99,11 @@ class Records:
         """Appends an evaluation, with `training`'s means since the one before."""
         with self._path.open("a") as file:
             file.write(json.dumps({**record, "training": training}) + "\n")
-        scalars = {f"validation/{key}": record[key] for key in ("top1", "top5", "loss")}
+        scalars = {
+            f"validation/{key}": record[key]
+            for key in ("top1", "top5", "mean_average_precision", "loss")
+            if key in record
+        }
         scalars.update({f"train/{key}": value for key, value in training.items()})
         self._writer.write_scalars(record["step"], scalars)
         self._writer.flush()
@@ -190,6 +195,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if config.test_after_training:
         _check_test_split(config)
     train_data = input_pipeline.get_dataset(config, "train")
+    _check_labels(config, train_data)
     validation_data = input_pipeline.get_dataset(config, "validation")
     run = _Run(config, workdir, train_data, validation_data)
     description = checkpoint.describe_model(config, train_data.class_names)
@@ -203,6 +209,22 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     if config.test_after_training:
         record = evaluate.evaluate(config, workdir, "test", workdir)
         print(f"test: {_percentages(record)}, checkpoint of step {record['step']}")
+
+
+def _check_labels(config: ConfigDict, data: Any) -> None:
+    """Raises ValueError where model and loss do not fit the classes of the data."""
+    if len(data.class_names) != config.model.num_classes:
+        raise ValueError(
+            f"{config.dataset.data_dir} has {len(data.class_names)} classes, but "
+            f"config.model.num_classes={config.model.num_classes}: make them agree"
+        )
+    if data.multi_label != (config.loss.name == "binary_cross_entropy"):
+        what = "several labels per clip" if data.multi_label else "one label per clip"
+        instead = "binary_cross_entropy" if data.multi_label else "cross_entropy"
+        raise ValueError(
+            f"config.loss.name={config.loss.name}, but {config.dataset.data_dir} has {what}: set "
+            f"it to {instead!r}"
+        )
 
 
 def _check_test_split(config: ConfigDict) -> None:
@@ -232,7 +254,12 @@ class _Run:
         loss_per_clip = losses.make_loss(config.loss)
         ragged = evaluate.is_ragged(config)
         train_step = steps.make_train_step(
-            graphdef, transformation, loss_per_clip, seed=config.seed, ragged=ragged
+            graphdef,
+            transformation,
+            loss_per_clip,
+            seed=config.seed,
+            ragged=ragged,
+            augment=make_augment(config, train_data.class_names),
         )
         self.train_step = jax.jit(train_step, donate_argnums=0)
         self.eval_step = jax.jit(steps.make_eval_step(graphdef, loss_per_clip, ragged=ragged))
@@ -320,6 +347,7 @@ class _Run:
             state.fixed,
             self.validation_data,
             num_classes=self.config.model.num_classes,
+            multi_label=self.validation_data.multi_label,
             progress="validation",
             should_stop=lambda: bool(stop),
         )
@@ -354,4 +382,6 @@ class _Run:
 
 
 def _percentages(record: dict[str, Any]) -> str:
+    if "mean_average_precision" in record:
+        return f"loss {record['loss']:.4f}, mAP {record['mean_average_precision']:.2%}"
     return f"loss {record['loss']:.4f}, top1 {record['top1']:.2%}, top5 {record['top5']:.2%}"

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
-from input_pipeline.jester import SPLITS, few
+from input_pipeline.jester import SPLITS
+from input_pipeline.source import few
 from rvit_jax.command import ArgumentError, parse, run, start
 
 

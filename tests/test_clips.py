@@ -1,6 +1,7 @@
 """How one clip comes about: views, draws, what is skipped, which frames it is."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from input_pipeline import get_dataset
 from input_pipeline.clips import ClipOptions, ClipReader
-from rvit_jax import evaluate, train
+from rvit_jax import evaluate, load, train
 from tests.jester_folder import CLASSES, labelled, make_clip, make_set
 from tests.small import saved_model, small_config
 from tests.test_loader import assert_equal_batches, make_config, open_split, take
@@ -97,6 +98,37 @@ def test_views_by_hand(folder):
     for spatial, left in enumerate((0, 2, 2)):  # 3 pixels of room: 0.5, 1.5, 2.5, rounded
         expected = whole[:, left : left + 8]
         np.testing.assert_array_equal(batch["video"][0, 3 + spatial, 1], expected)
+
+
+def test_a_clip_run_backwards_has_the_class_that_it_shows(folder):
+    keys = {"dataset.augment.time_reversal": 0.5, "dataset.num_frames": 4}
+    keys |= {"dataset.short_clips": "ragged", "dataset.frame_stride": 3}
+    config = make_config(folder, **keys)
+    batches = get_dataset(config, "train", with_frame_indices=True)
+    own = {str(n): CLASSES[n % 3] for n in range(1, 13)}
+    becomes = {"Swiping Left": "Swiping Right", "Swiping Right": "Swiping Left"}
+    seen = set()
+    for batch in take(batches, 12):
+        for clip_id, label, indices, mask in zip(
+            batch["id"], batch["label"], batch["frame_indices"], batch["mask"], strict=True
+        ):
+            if not mask:
+                continue
+            backwards = indices.tolist() == [6, 3, 0, -1]
+            assert backwards or indices.tolist() == [0, 3, 6, -1]
+            name = own[clip_id]
+            seen.add((name, backwards))
+            assert CLASSES[label] == (becomes[name] if backwards else name)
+    # Thumb Up is never run backwards.
+    assert seen == {(name, b) for name in CLASSES for b in (0, 1)} - {("Thumb Up", True)}
+
+
+def test_a_clip_plays_faster_and_slower(folder):
+    keys = {"dataset.augment.frame_rate_jitter": (0.5, 2.0), "dataset.num_frames": 3}
+    keys["dataset.frame_stride"] = 2
+    spans = {indices[2] for indices in frames_of(folder, epochs=4, **keys).values()}
+    assert spans == {2, 3, 4, 5, 6, 7, 8}  # strides 1 to 4
+    assert set(frames_of(folder, "validation", **keys).values()) == {(0, 2, 4)}
 
 
 def test_training_has_one_view(folder):
@@ -206,8 +238,6 @@ def test_views_are_averaged(folder, tmp_path):
     record = evaluate.evaluate(config, tmp_path / "run", "validation", checkpoint, overrides)
     assert record["views"] == {"temporal": 2, "spatial": 1}
     lines = (tmp_path / "run" / "evaluation" / "validation_predictions.csv").read_text()
-    from rvit_jax import load
-
     loaded = load(checkpoint)
     config.model = loaded.config.model
     for batch in get_dataset(config, "validation"):
@@ -218,6 +248,25 @@ def test_views_are_averaged(folder, tmp_path):
                 found = next(line for line in lines.splitlines() if line.startswith(f"{clip_id};"))
                 assert found.split(";")[1] == CLASSES[row.argmax()]
                 assert float(found.split(";")[2]) == pytest.approx(row.max(), abs=2e-6)
+
+
+def test_a_run_that_changes_its_clips_is_resumed_bit_for_bit(folder, tmp_path, monkeypatch):
+    """Draws in the loader and on the device are functions of seed, epoch, step and clip."""
+    config = small_config(num_classes=3, hidden_size=8, num_layers=1)
+    config.dataset.update(data_dir=str(folder), classes=CLASSES, num_frames=2, sampling="random")
+    config.dataset.augment.update(time_reversal=0.5, horizontal_flip=0.5, mixup_alpha=0.8)
+    config.dataset.augment.random_resized_crop.scale = (0.5, 1.0)
+    config.batch_size, config.num_epochs, config.checkpoint_every_steps = 4, 2, 1
+    train.train_and_evaluate(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in (5, 6):  # a run that was stopped after step 4
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))
+    train.train_and_evaluate(config, tmp_path / "again")
+    runs = [load(tmp_path / name / "checkpoints" / "6") for name in ("whole", "again")]
+    for a, b in zip(*(run.model._leaves for run in runs), strict=True):
+        np.testing.assert_array_equal(a, b)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "again")]
+    assert lines[0] == lines[1].replace("/again/", "/whole/")
 
 
 def test_clips_of_one_frame(tmp_path):

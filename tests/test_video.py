@@ -95,10 +95,10 @@ def test_a_film_made_lying_down_is_upright(tmp_path):
 
 def test_upright_turns_counterclockwise():
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
-    turned = video._upright(image, 90)
+    turned = video.upright(image, 90)
     assert turned[1, 0].tolist() == image[0, 0].tolist()  # upper left goes to lower left
-    assert video._upright(image, 0) is image
-    assert video._upright(image, -90)[0, 1].tolist() == image[0, 0].tolist()
+    assert video.upright(image, 0) is image
+    assert video.upright(image, -90)[0, 1].tolist() == image[0, 0].tolist()
 
 
 def test_a_film_cut_short_gives_what_there_is_and_says_so(tmp_path):
@@ -387,3 +387,22 @@ def test_a_camera_is_released_only_when_nobody_reads_it(monkeypatch):
     camera.close()
     assert camera._capture.released.is_set()
     assert camera._capture.faults == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("evil.mp4", "ffconcat version 1.0\nfile '{other}'\n"),
+        ("evil.ts", "#EXTM3U\n#EXTINF:1,\n{other}\n"),
+        (
+            "evil.mkv",
+            "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:{other}\n#EXT-X-ENDLIST\n",
+        ),
+    ],
+)
+def test_a_text_that_names_another_film_is_no_film(tmp_path, name, text):
+    other = write_film(tmp_path / "other.mp4", 5)
+    path = tmp_path / name
+    path.write_text(text.format(other=other))
+    with pytest.raises(ValueError, match="cannot be read as a video"):
+        open_video(str(path))
