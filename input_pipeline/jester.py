@@ -96,6 +96,7 @@ class Split:
         ids: one id per clip.
         labels: class index per clip, int32 [num_clips]; None where the CSV gives no labels.
         class_names: in index order.
+        num_missing: 0; a clip without its folder is an error.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Split:
     ids: tuple[str, ...]
     labels: np.ndarray | None
     class_names: tuple[str, ...]
+    num_missing: int = 0
 
     def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
         """Decodes frames of a clip; see `source.Source`."""

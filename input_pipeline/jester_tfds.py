@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
-from input_pipeline import jester
-from input_pipeline.source import ChooseFrames, VideoInfo, few
+from input_pipeline import jester, transforms
+from input_pipeline.source import ChooseFrames, VideoInfo, few, rows_of
 
 _PREPARE = "python scripts/prepare_jester.py --source=DIR --data_dir={}"
 
@@ -39,6 +38,7 @@ class JesterTFDS:
         labels: np.ndarray | None,
         class_names: tuple[str, ...],
         stored: np.ndarray,
+        num_missing: int = 0,
     ):
         """Opens nothing yet; `read_split` makes one.
 
@@ -49,11 +49,13 @@ class JesterTFDS:
             labels: int32 [num_clips], or None.
             class_names: in index order.
             stored: int64 [num_clips, 2]: number of the clip's record, and the label in it.
+            num_missing: clips of the CSV that were left out when the set was prepared.
         """
         self.name = name
         self.ids = ids
         self.labels = labels
         self.class_names = class_names
+        self.num_missing = num_missing
         self._data_dir = data_dir
         self._stored = stored
         self._records: Any = None
@@ -86,8 +88,9 @@ class JesterTFDS:
         chosen = [int(i) for i in choose(VideoInfo(num_frames=len(frames)))]
         for i in chosen:
             if i not in decoded:
-                place = f"frame {i + 1} of {len(frames)} of the clip {clip_id!r}"
-                decoded[i] = _decode(frames[i], f"{place} ({self.name}) in {self._data_dir}")
+                place = f"{i + 1} of {len(frames)} of the clip {clip_id!r}"
+                place = f"{place} ({self.name}) in {self._data_dir}"
+                decoded[i] = transforms.decode_image(io.BytesIO(frames[i]), place)
         return [decoded[i] for i in chosen]
 
     def select(self, ids: Sequence[str]) -> JesterTFDS:
@@ -96,12 +99,10 @@ class JesterTFDS:
         Raises:
             ValueError: an id is not in the split, or given twice.
         """
-        split = jester.Split(self.name, self._data_dir, self.ids, self.labels, self.class_names)
-        picked = split.select(ids)
-        rows = {clip_id: row for row, clip_id in enumerate(self.ids)}
-        stored = self._stored[[rows[clip_id] for clip_id in ids]]
+        rows = rows_of(self, ids)
+        labels = None if self.labels is None else self.labels[rows]
         return JesterTFDS(
-            self._data_dir, self.name, picked.ids, picked.labels, self.class_names, stored
+            self._data_dir, self.name, tuple(ids), labels, self.class_names, self._stored[rows]
         )
 
     def _frames(self, index: int) -> list[bytes]:
@@ -211,7 +212,8 @@ def _source(
         labels = np.array([index[known[stored_labels[row]]] for row in rows], np.int32)
     stored = np.array([(table["records"][row], stored_labels[row]) for row in rows], np.int64)
     ids = tuple(table["ids"][row] for row in rows)
-    return JesterTFDS(data_dir, split, ids, labels, class_names, stored)
+    num_missing = table["num_left_out"]
+    return JesterTFDS(data_dir, split, ids, labels, class_names, stored, num_missing)
 
 
 def _builder(data_dir: str | Path) -> Any:
@@ -263,16 +265,3 @@ def _check_table(
             f"{place}: the metadata names {count} clips and the shards hold {num_records}, or its "
             "lists do not fit together; remove that folder and prepare it anew"
         )
-
-
-def _decode(data: bytes, place: str) -> np.ndarray:
-    """uint8 [H, W, 3] of a JPEG in memory, bit for bit `Image.open(file).convert("RGB")`."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = "it is empty" if not data else str(error)
-        raise ValueError(
-            f"cannot read {place}: {reason}; expected a whole JPEG: take the clip out of the CSV "
-            "and prepare the set anew, or get the video again"
-        ) from error

@@ -120,6 +120,7 @@ class BatchIterator(Iterator[Batch]):
     Attributes:
         split: "train", "validation" or "test".
         num_clips: clips of one epoch, over all processes.
+        num_missing: clips that the lists name and that are not there, which were left out.
         class_names: in index order.
         has_labels: False where the data gives ids only.
         multi_label: a clip may have several labels.
@@ -162,6 +163,7 @@ class BatchIterator(Iterator[Batch]):
             )
         self.split = source.name
         self.num_clips = len(source.ids)
+        self.num_missing = source.num_missing
         self.class_names = source.class_names
         self.has_labels = source.labels is not None
         self.multi_label = self.has_labels and source.labels.ndim == 2

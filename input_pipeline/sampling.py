@@ -76,10 +76,10 @@ def _one_of_each_part(
     info: VideoInfo, num_frames: int, place: float, random: np.random.Generator | None
 ) -> np.ndarray:
     count = min(info.num_frames, num_frames)
-    edges = np.linspace(0.0, info.num_frames, count + 1)
+    edges = info.num_frames * np.arange(count + 1) // count  # whole frames: no frame is in two
+    widths = np.diff(edges)
     shares = np.full(count, place) if random is None else random.random(count)
-    moments = edges[:-1] + shares * np.diff(edges)
-    return np.minimum(moments.astype(np.int64), info.num_frames - 1)
+    return edges[:-1] + np.minimum((shares * widths).astype(np.int64), widths - 1)
 
 
 def order_frames(indices: np.ndarray, frame_order: str, *, seed: int, clip_id: str) -> np.ndarray:

@@ -36,12 +36,14 @@ class Source(Protocol):
         labels: class index per clip, int32 [num_clips]; of several labels per clip, float32
             [num_clips, K] of 0 and 1; None where the data gives none.
         class_names: in index order.
+        num_missing: clips that the data's lists name and that are not there; they are left out.
     """
 
     name: str
     ids: tuple[str, ...]
     labels: np.ndarray | None
     class_names: tuple[str, ...]
+    num_missing: int
 
     def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
         """Decodes the frames of clip `index` that `choose` names, and no others if it can.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -11,11 +12,11 @@ from PIL import Image
 RESIZES = ("squash", "short_side")
 
 
-def decode_image(file: str | Path | BinaryIO, name: str = "") -> np.ndarray:
+def decode_image(file: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
     """Reads one image file.
 
     Args:
-        file: a path, or a file object.
+        file: a path, or the file's bytes.
         name: what messages call it; by default the path.
 
     Returns:
@@ -33,8 +34,11 @@ def decode_image(file: str | Path | BinaryIO, name: str = "") -> np.ndarray:
         # The system's word, not Pillow's.
         if isinstance(error, OSError) and error.errno is not None:
             raise ValueError(f"cannot read the frame {name}: {error.strerror}") from error
-        reason = str(error).replace(f" {str(file)!r}", "")
-        if isinstance(file, str | Path) and Path(file).stat().st_size == 0:
+        reason = re.sub(r" (<_io\.BytesIO[^>]*>|'.*')", "", str(error))  # whose name we give
+        size = (
+            file.getbuffer().nbytes if isinstance(file, io.BytesIO) else Path(file).stat().st_size
+        )
+        if size == 0:
             reason = "the file is empty"
         raise ValueError(
             f"cannot read the frame {name}: {reason}; expected a whole JPEG: "

@@ -75,6 +75,11 @@ class VideoFiles:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": {}}
 
+    @property
+    def num_missing(self) -> int:
+        """How many clips were left out because their file is not there."""
+        return len(self.missing)
+
     def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
         """Decodes frames of a clip; see `source.Source` and `video_frames.read_frames`."""
         path = self.paths[index]

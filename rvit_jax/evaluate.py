@@ -70,6 +70,7 @@ class SplitResult:
             labels.
         confusion: [K, K], true by predicted; None without labels or with several per clip.
         num_skipped: clips that could not be read (`config.dataset.on_error="skip"`).
+        num_missing: clips that are not there and were left out (`config.dataset.missing="skip"`).
         answers: after every frame; None without one label per clip, or where not asked for.
         worst: the clips with the worst answers, the worst first; empty unless asked for.
     """
@@ -80,6 +81,7 @@ class SplitResult:
     metrics: dict[str, float | int] | None
     confusion: np.ndarray | None
     num_skipped: int = 0
+    num_missing: int = 0
     answers: anytime.Answers | None = None
     worst: tuple[Clip, ...] = ()
 
@@ -142,7 +144,7 @@ def evaluate_split(
             logits, loss = eval_step(params, fixed, on_device(batch))
             results.add(batch, np.asarray(logits), np.asarray(loss))
             bar.update(int(batch["mask"].sum()))
-    return results.result()
+    return dataclasses.replace(results.result(), num_missing=dataset.num_missing)
 
 
 def _reindex(batch: dict[str, Any], label_index: np.ndarray, num_classes: int) -> np.ndarray:
@@ -252,6 +254,7 @@ def make_record(
         "checkpoint": os.fspath(path),
         "step": step,
         "skipped_clips": result.num_skipped,
+        "missing_clips": result.num_missing,
     }
 
 

@@ -258,7 +258,11 @@ def _protocol(
     return [
         ("checkpoint", f"{loaded.path} (step {loaded.step})"),
         ("data", f"{dataset.name} in {dataset.data_dir}, split {record['split']}"),
-        ("clips", f"{record['num_clips']}, each once; {record['skipped_clips']} skipped"),
+        (
+            "clips",
+            f"{record['num_clips']}, each once; {record['skipped_clips']} could not be read, "
+            f"{record['missing_clips']} are missing",
+        ),
         (
             "frames of a clip",
             f"{dataset.num_frames}, every {_ordinal(dataset.frame_stride)} of the video, sampling "

@@ -418,7 +418,7 @@ def test_a_closed_iterator_says_so(folder):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"dataset.name": "jestr"}, "dataset.name is 'jestr'; choose one of: jester, gestures"),
+        ({"dataset.name": "jestr"}, "dataset.name is 'jestr'; choose one of: jester, jester_tfds"),
         ({"dataset.sampling": "tail"}, "dataset.sampling is 'tail'; choose one of: head"),
         ({"dataset.short_clips": "drop"}, "dataset.short_clips is 'drop'; choose one of: repeat"),
         ({"dataset.frame_packing": "bgr"}, "dataset.frame_packing is 'bgr'; choose one of: rgb"),

@@ -501,7 +501,7 @@ def test_a_damaged_frame_is_named(tmp_path):
     assert report["ids_with_frames_that_are_no_jpeg"] == ["5"]
     source = jester_tfds.read_split(tmp_path / "out", "train")
     assert len(source.read(0, lambda info: [0])) == 1
-    with pytest.raises(ValueError, match=r"frame 2 of 2 of the clip '5' .*it is empty"):
+    with pytest.raises(ValueError, match=r"frame 2 of 2 of the clip '5' .*the file is empty"):
         source.read(0, every_frame)
 
 

@@ -59,7 +59,7 @@ def test_what_a_run_leaves(finished):
     assert first["num_clips"] == 7
     assert set(first) == {
         *("split", "num_clips", "top1", "top5", "loss", "mean_class_accuracy", "views"),
-        *("frame_order", "checkpoint", "step", "skipped_clips", "training"),
+        *("frame_order", "checkpoint", "step", "skipped_clips", "missing_clips", "training"),
     }
     model = json.loads((finished / "model.json").read_text())
     assert model["class_names"] == list(CLASSES)
