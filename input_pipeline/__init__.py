@@ -30,6 +30,7 @@ def get_dataset(
     process_index: int = 0,
     process_count: int = 1,
     ids: Sequence[str] = (),
+    training: bool | None = None,
     with_frame_indices: bool = False,
 ) -> BatchIterator:
     """Opens one split as an iterator of batches of clips.
@@ -45,6 +46,8 @@ def get_dataset(
         process_index: which process this is; it gets rows [p * B/P, (p + 1) * B/P) of each batch.
         process_count: P, the number of processes; divides `config.batch_size`.
         ids: these clips of the split alone, in this order; () means all.
+        training: whether batches are endless, shuffled and changed at random; by default for train
+            alone. Evaluation reads train with False: one pass in order, nothing drawn.
         with_frame_indices: batches have `frame_indices` int32 [B, T] too: which frames of the
             source a clip's frames are, -1 behind its last.
 
@@ -59,7 +62,9 @@ def get_dataset(
     from input_pipeline import loader  # brings Grain, and Grain brings jax
 
     # Its checks come before any drawing.
-    options = loader.ClipOptions.from_config(config, training=split == "train")
+    if training is None:
+        training = split == "train"
+    options = loader.ClipOptions.from_config(config, training=training)
     source = open_source(config, split, process_index=process_index)
     return loader.BatchIterator(
         source.select(ids) if ids else source,

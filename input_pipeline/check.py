@@ -29,8 +29,9 @@ from ml_collections import ConfigDict, config_flags
 import input_pipeline
 from input_pipeline import jester
 from input_pipeline.cpus import num_cpus
-from input_pipeline.source import Source
+from input_pipeline.source import Source, VideoInfo
 
+FRAMES_AT_ONCE = 64  # of a film, in each thread
 MOST_LINES = 20  # of one kind, on the terminal; the file has them all
 
 
@@ -86,8 +87,9 @@ def check(
         except FileNotFoundError:
             if split == "train":
                 raise
+            print(f"{split}: not there, and left out", file=sys.stderr)
             continue
-        problems += [Problem("list", split, message) for message in listed]
+        problems += [Problem(kind, split, message) for kind, message in listed]
         counts[split] = {"clips": 0, "frames": 0}
         for reading in _read_all(clip_ids, read, f"checking {split}" if progress else None):
             counts[split]["clips"] += 1
@@ -116,28 +118,44 @@ def _twice(
 
 def _open(
     config: ConfigDict, split: str
-) -> tuple[Sequence[str], Sequence[str], Callable[[int], _Reading]]:
+) -> tuple[list[tuple[str, str]], Sequence[str], Callable[[int], _Reading]]:
     """Problems of the split's list, its clips, and how one of them is read."""
-    if config.dataset.name not in ("jester", "gestures"):
+    if config.dataset.name in input_pipeline.VIDEO_NAMES:
+        config = config.copy_and_resolve_references()
+        config.dataset.missing = "skip"  # to be listed, whatever training does
         source = input_pipeline.open_source(config, split)
-        return (), source.ids, lambda index: _read_clip(source, index)
+        missing = [("missing", f"the video of {clip_id} is missing") for clip_id in source.missing]
+        return missing, source.ids, lambda index: _read_clip(source, index)
+    if config.dataset.name == "jester_tfds":
+        source = input_pipeline.open_source(config, split)
+        what = f"{source.num_missing} clips of the CSV were left out when the set was prepared"
+        listed = [("missing", f"{what}: see its report")] if source.num_missing else []
+        return listed, source.ids, lambda index: _read_clip(source, index)
     data_dir = os.path.expanduser(config.dataset.data_dir)
     survey = jester.survey_split(data_dir, split)
     folders = [survey.frames_dir / clip_id for clip_id in survey.ids]
-    return survey.problems, survey.ids, lambda index: _read_folder(folders[index])
+    listed = [("list", message) for message in survey.problems]
+    return listed, survey.ids, lambda index: _read_folder(folders[index])
 
 
 def _read_clip(source: Source, index: int) -> _Reading:
     """Reads and decodes every frame of a clip, wherever it lies."""
-    clip_id = source.ids[index]
-    try:
-        frames = source.read(index, lambda info: np.arange(info.num_frames))
-    except (OSError, ValueError) as error:
-        return _Reading(clip_id, "", 0, (("damaged", f"{clip_id}: {error}"),))
-    digest = hashlib.sha256()
-    for frame in frames:
-        digest.update(frame.tobytes())
-    return _Reading(clip_id, digest.hexdigest(), len(frames), ())
+    clip_id, digest = source.ids[index], hashlib.sha256()
+    start, num_frames = 0, 1
+    while start < num_frames:  # some at a time: a film's frames do not fit in memory
+
+        def choose(info: VideoInfo, start: int = start) -> np.ndarray:
+            nonlocal num_frames
+            num_frames = info.num_frames
+            return np.arange(start, min(start + FRAMES_AT_ONCE, num_frames))
+
+        try:
+            for frame in source.read(index, choose):
+                digest.update(frame.tobytes())
+        except (OSError, ValueError) as error:
+            return _Reading(clip_id, "", start, (("damaged", f"{clip_id}: {error}"),))
+        start += FRAMES_AT_ONCE
+    return _Reading(clip_id, digest.hexdigest(), num_frames, ())
 
 
 def _read_folder(folder: Path) -> _Reading:

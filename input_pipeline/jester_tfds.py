@@ -102,7 +102,13 @@ class JesterTFDS:
         rows = rows_of(self, ids)
         labels = None if self.labels is None else self.labels[rows]
         return JesterTFDS(
-            self._data_dir, self.name, tuple(ids), labels, self.class_names, self._stored[rows]
+            self._data_dir,
+            self.name,
+            tuple(ids),
+            labels,
+            self.class_names,
+            self._stored[rows],
+            self.num_missing,
         )
 
     def _frames(self, index: int) -> list[bytes]:

@@ -142,7 +142,8 @@ class BatchIterator(Iterator[Batch]):
         """Reads nothing yet; threads or worker processes start with the first batch.
 
         Args:
-            source: the clips; "train" is endless and shuffled by `options.seed`, others one pass.
+            source: the clips; endless and shuffled by `options.seed` if `options.training`, else
+                one pass.
             options: what makes a clip.
             batch_size: B of the global batch.
             process_index: which process this is.
@@ -170,7 +171,7 @@ class BatchIterator(Iterator[Batch]):
         self._order = ClipOrder(
             self.num_clips,
             batch_size,
-            shuffle_seed=options.seed if source.name == "train" else None,
+            shuffle_seed=options.seed if options.training else None,
             process_index=process_index,
             process_count=process_count,
         )
@@ -192,7 +193,7 @@ class BatchIterator(Iterator[Batch]):
         """Returns the next batch.
 
         Raises:
-            StopIteration: the one pass over a split other than train is over.
+            StopIteration: the one pass of a split that is not trained on is over.
             ValueError: a frame cannot be read, or the iterator is closed.
             FileNotFoundError: a clip's folder is gone or empty.
             RuntimeError: anything else that went wrong in reading; a worker process that died.

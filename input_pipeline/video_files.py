@@ -28,6 +28,8 @@ NAMES = VIDEO_NAMES
 SPLITS = ("train", "validation", "test")
 MISSING = ("fail", "skip")
 VIDEO_SUFFIXES = (".mp4", ".webm", ".avi", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".gif")
+# Up to the first ending of a video that a blank follows: the label may have several words.
+_PATH_AND_LABEL = rf"(.*?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))\s+(\S.*)"
 
 _SPLIT_NAMES = {  # as folders and files call them
     "train": ("train", "training"),
@@ -213,14 +215,14 @@ _EXPECTED = {
 
 
 def _check_ids(rows: list[_Row]) -> None:
-    first: dict[str, _Row] = {}
+    first: dict[Any, _Row] = {}
     for row in rows:
-        if row.clip_id in first:
-            raise ValueError(
-                f"{row.where}: the clip {row.clip_id!r} stands in {first[row.clip_id].where} "
-                "already: remove one of the two"
-            )
-        first[row.clip_id] = row
+        for key in (row.clip_id, row.places):  # one file under two names is one clip
+            if first.setdefault(key, row) is not row:
+                raise ValueError(
+                    f"{row.where}: the clip {row.clip_id!r} stands in {first[key].where} already: "
+                    "remove one of the two"
+                )
 
 
 def _assemble(
@@ -544,6 +546,12 @@ def _read_list(root: Path, split: str, annotations: _Annotations, listing: _List
     if names_file is not None:
         classes = [line.strip() for _, line in _lines(names_file)]
         _check_twice(classes, names_file)
+        in_order = classes == [str(number) for number in range(len(classes))]
+        if numbered and not in_order and any(name.isdecimal() for name in classes):
+            raise ValueError(
+                f"{names_file}: class names that are numbers, and labels that are numbers: "
+                "whether a label is a name or an index cannot be told; give the classes words"
+            )
     elif numbered:
         classes = [str(number) for number in range(_num_classes(training_rows))]
     else:
@@ -599,10 +607,18 @@ def _list_rows(file: Path, root: Path) -> tuple[list[_Row], bool]:
     for place, (number, line) in enumerate(lines):
         where = f"{file}:{number}"
         fields = _fields(line.strip(), comma, where)
-        if place == 0 and fields[0].lower() in ("path", "video", "file", "filename"):
+        if place == 0 and _is_header(fields):
             continue
         rows.append(_list_row(where, fields[0], (fields[1],) if len(fields) > 1 else None, root))
     return rows, False
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Whether the first line names the columns: its path has no ending of a video."""
+    words = {"path", "video", "file", "filename", "name", "id", "label", "class", "category"}
+    return not fields[0].lower().endswith(VIDEO_SUFFIXES) and bool(
+        words & {field.lower() for field in fields}
+    )
 
 
 def _fields(line: str, comma: bool, where: str) -> list[str]:
@@ -611,10 +627,14 @@ def _fields(line: str, comma: bool, where: str) -> list[str]:
             fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
         except csv.Error as error:
             raise ValueError(f"{where}: {error}; expected 'path,label': {line!r}") from error
+    elif "\t" in line:
+        fields = [field.strip() for field in line.split("\t")]
     elif line.lower().endswith(VIDEO_SUFFIXES):
         fields = [line]
+    elif after_path := re.match(_PATH_AND_LABEL, line, re.IGNORECASE):
+        fields = list(after_path.groups())
     else:
-        fields = line.rsplit(None, 1)
+        fields = line.split()  # a path without the ending of a video: a label of one word
     while len(fields) > 1 and not fields[-1]:
         fields.pop()  # "path,": no label
     if len(fields) > 2 or not fields or not fields[0]:

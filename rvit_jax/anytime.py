@@ -62,12 +62,12 @@ class Answers:
         return self.right[rows, frames - 1], self.confidence[rows, frames - 1]
 
 
-def measure(answers: Answers, seconds_per_frame: float) -> dict[str, Any]:
+def measure(answers: Answers, seconds_per_frame: float | None) -> dict[str, Any]:
     """All figures, as JSON can hold them; accuracies and shares are fractions.
 
     Args:
         answers: of a split.
-        seconds_per_frame: from one frame that the model reads to the next.
+        seconds_per_frame: from one frame that the model reads to the next; None: clips differ.
 
     Returns:
         num_clips, seconds_per_frame

@@ -77,7 +77,7 @@ def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, 
         "class_names": list(class_names),
         "preprocessing": {
             "image_size": config.model.image_size,
-            "resize": "bicubic, ignoring the aspect ratio (Pillow)",
+            "filter": "bicubic (Pillow)",
             "normalise": "(x / 255 - 0.5) / 0.5",
             **{key: dataset[key] for key in PREPROCESSING_KEYS},
         },
@@ -94,6 +94,7 @@ PREPROCESSING_KEYS = (
     "frame_stride",
     "frame_rate",
     "sampling",
+    "resize",
     "short_clips",
     "frame_packing",
 )
@@ -326,8 +327,8 @@ class LoadedModel:
             raise ValueError(
                 f"frames: got {frames.dtype} {frames.shape}, expected uint8 [T, H, W, 3], RGB"
             )
-        side = self.config.model.image_size
-        video = np.stack([resize_array(frame, side) for frame in frames])
+        side, how = self.config.model.image_size, self.config.dataset.resize
+        video = np.stack([resize_array(frame, side, how) for frame in frames])
         if self.config.dataset.frame_packing == "channel_planes":
             video = pack_channel_planes(video)
         return np.asarray(normalise(video))

@@ -211,6 +211,15 @@ def _check_dataset(config: ConfigDict) -> None:
             "config.dataset.augment.time_reversal and frame_rate_jitter need frames in their "
             "order: set config.dataset.frame_order='forward' and frame_packing='rgb'"
         )
+    if dataset.sampling in ("uniform", "random") and tuple(dataset.augment.frame_rate_jitter) != (
+        1.0,
+        1.0,
+    ):
+        raise ValueError(
+            f"config.dataset.augment.frame_rate_jitter has no effect with sampling="
+            f"{dataset.sampling!r}, whose frames are spread over the whole video: set it to (1.0, "
+            "1.0), or sampling to 'dense'"
+        )
     if dataset.cache and dataset.num_workers:
         raise ValueError(
             "config.dataset.cache=True keeps clips in this process's memory: set "

@@ -9,7 +9,6 @@ index of the last one.
 import csv
 import dataclasses
 import heapq
-import itertools
 import json
 import os
 import sys
@@ -135,14 +134,16 @@ def evaluate_split(
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )
     with bar:
-        # Of the training data, which has no end, one epoch.
-        for batch in itertools.islice(dataset, dataset.steps_per_epoch):
+        for batch in dataset:
             if should_stop():
                 return None
             if label_index is not None and dataset.has_labels:
                 batch = {**batch, "label": _reindex(batch, label_index, num_classes)}
-            logits, loss = eval_step(params, fixed, on_device(batch))
-            results.add(batch, np.asarray(logits), np.asarray(loss))
+            logits, loss = (np.asarray(x) for x in eval_step(params, fixed, on_device(batch)))
+            if multi_label and label_index is not None:
+                # What is left out of the data set is not known to be absent.
+                loss = _mean_loss(logits[:, label_index], batch["label"][:, label_index])
+            results.add(batch, logits, loss)
             bar.update(int(batch["mask"].sum()))
     return dataclasses.replace(results.result(), num_missing=dataset.num_missing)
 
@@ -154,6 +155,11 @@ def _reindex(batch: dict[str, Any], label_index: np.ndarray, num_classes: int) -
     label = np.zeros((len(batch["label"]), num_classes), np.float32)
     label[:, label_index] = batch["label"]
     return label
+
+
+def _mean_loss(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """`losses.binary_cross_entropy` of some classes: [B] of [B, n]."""
+    return (np.logaddexp(0.0, logits) - logits * label).mean(axis=-1)
 
 
 class _Results:
@@ -290,7 +296,7 @@ def evaluate(
     checkpoint.check_writable(workdir)
     loaded = checkpoint.load(checkpoint_path)
     config = use_checkpoint_config(config, loaded.config, overrides)
-    dataset = input_pipeline.get_dataset(config, split)
+    dataset = input_pipeline.get_dataset(config, split, training=False)
     module = loaded.model.module
     graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
     loss_per_clip = losses.make_loss(config.loss)
@@ -305,7 +311,9 @@ def evaluate(
     if scrambled or multi_label or max(config.views.values()) > 1:
         # No one answer before the clip is over: frames that hold colours of other moments, several
         # labels, several clips.
-        eval_step = steps.make_eval_step(graphdef, loss_per_clip, ragged=is_ragged(config))
+        eval_step = steps.make_eval_step(
+            graphdef, loss_per_clip, ragged=is_ragged(config), multi_label=multi_label
+        )
     else:
         eval_step = steps.make_anytime_step(graphdef, loss_per_clip)
     result = evaluate_split(
@@ -325,8 +333,7 @@ def evaluate(
     record = make_record(result, split, config, loaded.path, loaded.step)
     measured = None
     if result.answers is not None:
-        seconds = config.dataset.frame_stride / config.dataset.frame_rate
-        measured = anytime.measure(result.answers, seconds)
+        measured = anytime.measure(result.answers, seconds_per_frame(config))
         record["anytime_area"] = measured["area"]
         record["expected_calibration_error"] = measured["by_fraction"][
             "expected_calibration_error"
@@ -334,6 +341,13 @@ def evaluate(
     write_results(workdir, record, result, measured, loaded.class_names)
     report.write_report(workdir, record, result, measured, config, loaded)
     return record
+
+
+def seconds_per_frame(config: ConfigDict) -> float | None:
+    """From one frame that the model reads to the next; None where clips differ in it."""
+    if config.dataset.sampling in ("uniform", "random"):
+        return None
+    return config.dataset.frame_stride / config.dataset.frame_rate
 
 
 def is_ragged(config: ConfigDict) -> bool:

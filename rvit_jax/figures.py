@@ -91,9 +91,8 @@ def anytime_curve(measured: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     _plot_rule(axes, measured, "confidence", "stopped at a confidence of", theme.series[1])
     _plot_rule(axes, measured, "patience", "stopped after so many equal answers", theme.series[2])
     seconds = measured["seconds_per_frame"]
-    axes.set(
-        xlabel=f"frames seen, mean (one every {1000 * seconds:.0f} ms)", ylabel="top-1", ylim=(0, 1)
-    )
+    interval = f" (one every {1000 * seconds:.0f} ms)" if seconds else ""
+    axes.set(xlabel=f"frames seen, mean{interval}", ylabel="top-1", ylim=(0, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, 0))
     _legend(axes, theme)

@@ -341,7 +341,12 @@ def predict(args: argparse.Namespace) -> int:
         if window is None:
             window = dataset.num_frames if any(video.endless for video in videos) else 0
         states = Streams(
-            loaded.model, len(videos), window=window, num_states=args.states, decay=args.decay
+            loaded.model,
+            len(videos),
+            window=window,
+            num_states=args.states,
+            decay=args.decay,
+            multi_label=loaded.config.loss.name == "binary_cross_entropy",
         )
         if args.state is not None and args.state.expanduser().exists():
             states.restore(args.state)
@@ -355,7 +360,7 @@ def predict(args: argparse.Namespace) -> int:
         report = _Report(args, loaded.class_names)
         milliseconds: deque[float] = deque(maxlen=TIMED_FRAMES)
         try:
-            _run(args, streams, states, report, signals, side, milliseconds)
+            _run(args, streams, states, report, signals, (side, dataset.resize), milliseconds)
         except _Stopped:
             pass  # as at the end; `signals` knows which
         except BrokenPipeError:
@@ -429,12 +434,13 @@ def _run(
     states: Any,
     report: _Report,
     signals: _Signals,
-    side: int,
+    square: tuple[int, str],
     milliseconds: deque,
 ) -> None:
     """The loop: the next frame of each stream that the model should see, one step, the answers."""
     from input_pipeline.transforms import resize_array
 
+    side, how = square  # of a frame that the model reads, and how it is made
     batch = np.zeros((len(streams), side, side, 3), np.uint8)
     while True:
         active = np.array([_next_due(stream, report, signals) for stream in streams])
@@ -443,7 +449,7 @@ def _run(
         due = [(row, streams[row]) for row in np.flatnonzero(active)]
         start = time.perf_counter()
         for row, stream in due:
-            batch[row] = resize_array(stream.frame.image, side)
+            batch[row] = resize_array(stream.frame.image, side, how)
         probabilities = states.step(batch, active)
         milliseconds.append(1e3 * (time.perf_counter() - start))
         for row, stream in due:

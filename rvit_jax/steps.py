@@ -1,5 +1,6 @@
 """One training step and one evaluation step: pure functions of arrays, compiled by the caller."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -106,6 +107,7 @@ def make_eval_step(
     loss_per_clip: Callable[[Array, Array], Array],
     *,
     ragged: bool,
+    multi_label: bool = False,
 ) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
     """The function (params, fixed, batch) -> (logits [B, K], loss [B]), without dropout.
 
@@ -121,12 +123,8 @@ def make_eval_step(
             video, num_frames = (x.reshape(-1, *x.shape[2:]) for x in (video, num_frames))
         logits, _ = model(video, num_frames=num_frames if ragged else None)
         if views:
-            logits = logits.reshape(-1, *views, logits.shape[-1])
-            if batch["label"].ndim == 2:  # each class for itself
-                logits = jax.scipy.special.logit(jax.nn.sigmoid(logits).mean(axis=1))
-            else:
-                logits = jnp.log(jax.nn.softmax(logits, axis=-1).mean(axis=1))
-        return logits, _loss(loss_per_clip, logits, batch)
+            logits = _average(logits.reshape(-1, *views, logits.shape[-1]), multi_label)
+        return logits, _loss(loss_per_clip, logits, batch, multi_label)
 
     return eval_step
 
@@ -162,6 +160,26 @@ def _merge(graphdef: nnx.GraphDef, params: nnx.State, fixed: nnx.State) -> RViT:
     return model
 
 
-def _loss(loss_per_clip: Callable[[Array, Array], Array], logits: Array, batch: Batch) -> Array:
+def _average(logits: Array, multi_label: bool) -> Array:
+    """The logits [B, K] of the mean over the views of the probabilities of logits [B, V, K].
+
+    In logarithms throughout: a probability of 1 in float32 would become an infinite logit.
+    """
+    if multi_label:
+        yes, no = (jax.nn.logsumexp(jax.nn.log_sigmoid(s * logits), axis=1) for s in (1, -1))
+        return yes - no
+    log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+    return jax.nn.logsumexp(log_probabilities, axis=1) - math.log(logits.shape[1])
+
+
+def _loss(
+    loss_per_clip: Callable[[Array, Array], Array],
+    logits: Array,
+    batch: Batch,
+    multi_label: bool = False,
+) -> Array:
     # A split without labels says -1, for which the loss means nothing and is not read.
-    return loss_per_clip(logits, jnp.maximum(batch["label"], 0))
+    label = jnp.maximum(batch["label"], 0)
+    if multi_label and label.ndim == 1:
+        label = jnp.zeros_like(logits)
+    return loss_per_clip(logits, label)

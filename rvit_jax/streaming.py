@@ -40,6 +40,7 @@ class Streams:
             from the window on. Used with a window only.
         decay: the state's distance from the initial one is multiplied by this before each frame;
             1: not. Another remedy against a state that stops listening.
+        multi_label: the model was trained for several labels per clip, each class for itself.
 
     Attributes:
         num_frames: frames that each stream has seen, int64 [B].
@@ -56,6 +57,7 @@ class Streams:
         window: int = 0,
         num_states: int | None = None,
         decay: float = 1.0,
+        multi_label: bool = False,
     ):
         if num_streams < 1 or window < 0:
             raise ValueError(f"num_streams={num_streams}, window={window}: from 1, and from 0")
@@ -69,7 +71,7 @@ class Streams:
         self._spacing = math.ceil(window / wanted)
         self._num_states = math.ceil(window / self._spacing) if window else 1
         self._lifetime = self._num_states * self._spacing  # the window, or a few frames more
-        self._model, self._decay = model, decay
+        self._model, self._decay, self._multi_label = model, decay, multi_label
         self.num_frames = np.zeros(num_streams, np.int64)
         initial = model.initial_hidden(1)[:, None]  # [L, 1, 1, S, D]
         self._hidden = jnp.tile(initial, (1, self._num_states, num_streams, 1, 1))
@@ -114,7 +116,7 @@ class Streams:
         Raises:
             ValueError: a shape does not fit.
         """
-        return combine(self.advance(frames, active), self.asked())
+        return combine(self.advance(frames, active), self.asked(), self._multi_label)
 
     def advance(self, frames: np.ndarray, active: np.ndarray | None = None) -> np.ndarray:
         """As `step`, but returns the logits of every state, float32 [R, B, K]."""
@@ -239,18 +241,22 @@ def _make_advance(graphdef: nnx.GraphDef, decay: float) -> Callable:
     return advance
 
 
-def combine(logits: np.ndarray, asked: np.ndarray) -> np.ndarray:
+def combine(logits: np.ndarray, asked: np.ndarray, multi_label: bool = False) -> np.ndarray:
     """One answer from several: a mean weighted by the square of each one's confidence.
 
     Args:
         logits: [R, B, K].
         asked: bool [R, B]; at least one of each stream.
+        multi_label: each class is for itself; probabilities need not sum to 1.
 
     Returns:
         Probabilities, float32 [B, K].
     """
-    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    if multi_label:
+        probabilities = np.exp(-np.logaddexp(0.0, -logits))
+    else:
+        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        probabilities = exponentials / exponentials.sum(axis=-1, keepdims=True)
     weights = np.where(asked, probabilities.max(axis=-1) ** CONFIDENCE_POWER, 0.0)
     weights = weights / weights.sum(axis=0)
     return np.einsum("rb,rbk->bk", weights, probabilities).astype(np.float32)

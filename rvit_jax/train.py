@@ -262,7 +262,10 @@ class _Run:
             augment=make_augment(config, train_data.class_names),
         )
         self.train_step = jax.jit(train_step, donate_argnums=0)
-        self.eval_step = jax.jit(steps.make_eval_step(graphdef, loss_per_clip, ragged=ragged))
+        eval_step = steps.make_eval_step(
+            graphdef, loss_per_clip, ragged=ragged, multi_label=validation_data.multi_label
+        )
+        self.eval_step = jax.jit(eval_step)
         self.schedule = schedule
 
     def train(self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest) -> None:
@@ -307,8 +310,8 @@ class _Run:
                 batch = next(self.train_data)
                 state, step_sums = self.train_step(state, evaluate.on_device(batch))
                 step, record = step + 1, None
-                if sums.add(step_sums, evaluate.count_skipped(batch)):
-                    means = sums.means()
+                looked = sums.add(step_sums, evaluate.count_skipped(batch))
+                if looked and (means := sums.means()):  # none yet, if every clip was skipped
                     bar.set_postfix_str(f"loss {means['loss']:.3f}, top1 {means['top1']:.1%}")
                 bar.update(int(batch["mask"].sum()))
                 every = self.config.checkpoint_every_steps

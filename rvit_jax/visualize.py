@@ -40,7 +40,7 @@ from tqdm import tqdm
 import input_pipeline
 from rvit_jax import annotate, checkpoint
 from rvit_jax.attention import AttentionGate, AttentionMaps
-from rvit_jax.evaluate import use_checkpoint_config
+from rvit_jax.evaluate import seconds_per_frame, use_checkpoint_config
 from rvit_jax.figures import write_png
 from rvit_jax.model import RViT
 from rvit_jax.shapes import HostOrDevice, NumFrames, Tokens, Video
@@ -52,6 +52,7 @@ SMALLEST_TILE, LARGEST_TILE = 96, 224  # pixels a side of a frame in a picture
 MOST_PIXELS = 30_000  # a side of a picture; matplotlib draws less than 65,536
 FILM_TILE = 240
 TOP_K = 5  # classes beside the film
+DEFAULT_INTERVAL_S = 0.25  # of a film whose clips differ in it
 _SQUARE, _GAP = 16, 8  # the class token's weight beside each map; between tiles
 _LEFT, _RIGHT = 124, 124  # room for a row's name, and for its colours
 _DPI, _LINE = 100, 18  # of a picture; pixels of a line of text
@@ -252,13 +253,17 @@ class _Clip:
 
     name: str
     frames: np.ndarray  # uint8 [T, H, W, 3]
-    interval_s: float  # from one frame to the next
+    interval_s: float | None  # from one frame to the next; None: clips differ
     true: str | None
     class_names: Sequence[str]
     probabilities: np.ndarray  # [T, K]
     look: Look  # of this clip: NumPy arrays, without B
     kind: str
     query: str
+
+    def time(self, t: int) -> str:
+        """When frame `t` is, where that is known."""
+        return "" if self.interval_s is None else f"{t * self.interval_s:.2f} s"
 
     @property
     def title(self) -> str:
@@ -355,7 +360,7 @@ def visualize(
     lens = Lens(loaded.model.module, query)
     config.batch_size, config.dataset.num_workers, config.dataset.cache = 1, 0, False
     config.views.temporal = config.views.spatial = 1
-    dataset = input_pipeline.get_dataset(config, split, ids=tuple(ids))
+    dataset = input_pipeline.get_dataset(config, split, ids=tuple(ids), training=False)
     count = len(ids) or min(num_clips, dataset.num_clips)
     bar = tqdm(
         total=count,
@@ -382,16 +387,19 @@ def _see(
     query: tuple[int, int] | None,
 ) -> _Clip:
     """The one clip of a batch, looked at and cut to its real frames."""
-    num_frames, label = int(batch["num_frames"][0]), int(batch["label"][0])
+    num_frames, label = int(batch["num_frames"][0]), batch["label"][0]
+    true = [true_names[k] for k in (np.flatnonzero(label) if label.ndim else [label]) if k >= 0]
+    multi_label = config.loss.name == "binary_cross_entropy"
+    to_probabilities = jax.nn.sigmoid if multi_label else jax.nn.softmax
     look = jax.device_get(lens(batch["video"], batch["num_frames"]))
     look = jax.tree.map(lambda array: array[0, :num_frames], look)
     return _Clip(
         name=str(batch["id"][0]),
         frames=batch["video"][0, :num_frames],
-        interval_s=config.dataset.frame_stride / config.dataset.frame_rate,
-        true=None if label < 0 else true_names[label],
+        interval_s=seconds_per_frame(config),
+        true=" | ".join(true) or None,
         class_names=class_names,
-        probabilities=np.asarray(jax.nn.softmax(look.logits)),
+        probabilities=np.asarray(to_probabilities(look.logits)),
         look=look,
         kind=config.model.attention,
         query="class token" if query is None else f"patch in row {query[0]}, column {query[1]}",
@@ -451,7 +459,7 @@ def _draw_picture(path: Path, title: str, clip: _Clip, rows: Sequence[_Row]) -> 
     texts = [(_GAP, _LINE // 2, "\n".join(lines), {"va": "top"})]
     row_tops = [top + down * number for number in range(1, len(rows) + 1)]
     for x, t in zip(range(_LEFT, right, across), columns.tolist(), strict=True):
-        texts.append((x, top - 4, f"frame {t}\n{t * clip.interval_s:.2f} s", {"va": "bottom"}))
+        texts.append((x, top - 4, f"frame {t}\n{clip.time(t)}", {"va": "bottom"}))
         frame = Image.fromarray(clip.frames[t]).resize((side, side))
         canvas[top : top + side, x : x + side] = np.asarray(frame)
         for y, row in zip(row_tops, rows, strict=True):
@@ -490,12 +498,12 @@ def _draw_film(path: Path, clip: _Clip) -> None:
     """Writes the film: frame, attention and gradient side by side, and the answer so far."""
     mean = _Row("attention, last layer", clip.layers(clip.look.query)[-1])
     gradient = _Row("gradient x attention", clip.gradient())
-    film = annotate.Film(path, 1 / clip.interval_s)
+    film = annotate.Film(path, 1 / (clip.interval_s or DEFAULT_INTERVAL_S))
     try:
         for t, probabilities in enumerate(clip.probabilities):
             best = np.argsort(-probabilities, kind="stable")[:TOP_K]
             top = [(clip.class_names[index], float(probabilities[index])) for index in best]
-            caption = f"after frame {t}, {t * clip.interval_s:.2f} s"
+            caption = f"after frame {t}   {clip.time(t)}"
             film.add(annotate.draw_answer(_film_frame(clip, t, (mean, gradient)), top, caption))
         film.close()
     finally:

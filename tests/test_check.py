@@ -8,6 +8,7 @@ import pytest
 from input_pipeline import check
 from input_pipeline.jester_dataset_builder import prepare
 from tests.jester_folder import make_clip, make_set
+from tests.test_video import write_film
 
 CLIPS = [f"{number};Thumb Up" for number in range(1, 7)]
 
@@ -140,3 +141,16 @@ def test_shards_are_read_too(root, capsys, tmp_path):
     status, out, _ = run(tmp_path / "again", capsys, name)
     assert status == 1
     assert "1 problems: 1 x damaged" in out
+
+
+def test_missing_videos_are_listed(tmp_path, capsys):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(f"{split}_1.mp4,a\n{split}_2.mp4,b\n")
+        write_film(tmp_path / f"{split}_1.mp4", 70)
+    write_film(tmp_path / "train_2.mp4", 3)
+    status, out, err = run(tmp_path, capsys, "--config.dataset.name=video_list")
+    assert status == 1
+    assert "validation: the video of validation_2.mp4 is missing" in out
+    assert "train: 2 clips, 73 frames read" in out
+    assert "validation_1.mp4 holds the same as clip train_1.mp4 of train" in out
+    assert "test: not there" in err

@@ -131,6 +131,22 @@ def test_a_clip_plays_faster_and_slower(folder):
     assert set(frames_of(folder, "validation", **keys).values()) == {(0, 2, 4)}
 
 
+def test_evaluating_the_training_split_draws_nothing(folder, tmp_path):
+    checkpoint = saved_model(tmp_path / "model", class_names=CLASSES)
+    rows = []
+    for seed in (1, 2):
+        config = small_config(num_classes=3)
+        config.dataset.update(data_dir=str(folder), classes=CLASSES, sampling="random")
+        config.dataset.augment.time_reversal = 1.0
+        config.seed = seed
+        workdir = tmp_path / str(seed)
+        evaluate.evaluate(config, workdir, "train", checkpoint, ["dataset.sampling"])
+        rows.append((workdir / "evaluation" / "train_predictions.csv").read_text())
+    assert rows[0] == rows[1]
+    own = [(str(n), CLASSES[n % 3]) for n in range(1, 13)]
+    assert [tuple(r.split(";")[::3]) for r in rows[0].splitlines()[1:]] == own
+
+
 def test_training_has_one_view(folder):
     keys = {"dataset.sampling": "dense", "views.temporal": 3}
     assert next(open_split(folder, **keys))["video"].ndim == 5
@@ -214,6 +230,19 @@ class TestSkipping:
         for record in map(json.loads, lines):
             assert record["training"]["skipped_clips"] == 2
             assert record["skipped_clips"] == 2
+
+    def test_training_goes_on_while_all_is_skipped(self, damaged, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "LOOK_EVERY_S", 0.0)
+        for file in (damaged / "20bn-jester-v1").glob("*/*"):
+            if file.parent.name != "1":
+                file.write_bytes(b"")
+        config = small_config(num_classes=3, hidden_size=8)
+        config.dataset.update(data_dir=str(damaged), classes=CLASSES, num_frames=2)
+        config.dataset.on_error = "skip"
+        config.batch_size, config.num_epochs = 1, 1
+        train.train_and_evaluate(config, tmp_path / "run")
+        record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+        assert record["training"]["skipped_clips"] == 5
 
     def test_nothing_left_is_an_error(self, tmp_path):
         root = make_set(tmp_path / "data", {"validation": labelled(1, 2)}, num_frames=1)

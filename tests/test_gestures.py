@@ -14,7 +14,8 @@ from configs.gestures import get_config as get_gestures_config
 from input_pipeline import gestures, jester
 from input_pipeline.hand import IMAGE_WIDTHS, draw_frames
 from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED
-from input_pipeline.sampling import head_indices
+from input_pipeline.sampling import choose_frames
+from input_pipeline.source import VideoInfo
 
 SMALL = {"train": 71, "validation": 27, "test": 4, "seed": 3}
 TINY = {
@@ -147,7 +148,9 @@ def test_opposites_share_the_frames_that_the_config_reads(small):
     dataset = get_gestures_config().dataset
     for clip in annotations(small, "train"):
         count = len(clip_files(small, clip))
-        read = list(head_indices(count, dataset.num_frames, dataset.frame_stride))
+        read = choose_frames(
+            VideoInfo(count), "head", dataset.num_frames, stride=dataset.frame_stride
+        ).tolist()
         assert read == [count - 1 - index for index in reversed(read)]
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rvit_jax import evaluate, load, losses, metrics, train
+from rvit_jax import evaluate, load, losses, metrics, predict, steps, train
 from tests.small import small_config
 
 CLASSES = ("red", "green", "blue")
@@ -147,6 +147,67 @@ def test_views_are_averaged_class_by_class(finished, data, tmp_path):
     record = evaluate.evaluate(config, tmp_path, "validation", finished)
     assert record["views"] == {"temporal": 2, "spatial": 1}
     assert record["mean_average_precision"] > 0.95
+
+
+def test_a_split_without_labels(finished, data, tmp_path):
+    """Each class for itself, in one view and in several, whatever the batch."""
+    films = sorted(data.glob("validation_*.mp4"))
+    lines = [json.dumps({"path": film.name}) for film in films]
+    (data / "test.jsonl").write_text("\n".join(lines))
+    expected = evaluate.evaluate(config_of(data), tmp_path / "v", "validation", finished)
+    assert expected["num_clips"] == 5
+    rows = {}
+    for split in ("validation", "test"):
+        for batch_size in (3, 4):
+            config = config_of(data)
+            config.batch_size, config.views.temporal = batch_size, 2
+            workdir = tmp_path / f"{split}{batch_size}"
+            evaluate.evaluate(config, workdir, split, finished)
+            text = (workdir / "evaluation" / f"{split}_predictions.csv").read_text()
+            rows[split, batch_size] = [line.split(";")[:3] for line in text.splitlines()]
+    assert rows["test", 3] == rows["test", 4] == rows["validation", 3]
+
+
+def test_prediction_answers_each_class_for_itself(finished, data, capsys):
+    film = data / "validation_0.mp4"
+    arguments = ["--checkpoint", str(finished), "--input", str(film), "--json", "--top_k", "3"]
+    assert predict.main(arguments) == 0
+    *_, last, result = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    labels = json.loads((data / "validation.jsonl").read_text().splitlines()[0])["label"]
+    assert {name for name, p in last["top"] if p > 0.5} == set(labels)
+    assert result["result"] in labels
+
+
+def test_pictures(finished, data, tmp_path):
+    from rvit_jax import visualize
+
+    found = visualize.visualize(config_of(data), tmp_path, "validation", finished, num_clips=1)
+    assert len(found) == 3
+
+
+def test_a_subset_of_classes_counts_those_alone(finished, data, tmp_path):
+    config = config_of(data)
+    config.dataset.classes = ("green",)
+    record = evaluate.evaluate(config, tmp_path, "validation", finished)
+    loaded = load(finished)
+    from input_pipeline import get_dataset
+
+    config.model = loaded.config.model
+    total = 0.0
+    for batch in get_dataset(config, "validation"):
+        logits = np.asarray(loaded.model(batch["video"])[0], np.float64)[:, CLASSES.index("green")]
+        label = batch["label"][:, 0]
+        total += ((np.logaddexp(0, logits) - logits * label) * batch["mask"]).sum()
+    assert record["loss"] == pytest.approx(total / 5, rel=1e-5)
+
+
+def test_views_are_averaged_without_overflow():
+    logits = jnp.array([[[200.0, -200.0], [150.0, -90.0]]])
+    assert np.isfinite(steps._average(logits, True)).all()
+    assert np.isfinite(steps._average(logits, False)).all()
+    small = jnp.array([[[0.5, -1.0], [2.0, 0.3]]])
+    mean = np.asarray(jnp.mean(1 / (1 + jnp.exp(-small)), axis=1))
+    np.testing.assert_allclose(1 / (1 + np.exp(-steps._average(small, True))), mean, rtol=1e-5)
 
 
 def test_another_loss_is_refused(finished, data, tmp_path):

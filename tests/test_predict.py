@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import rvit_jax
+from input_pipeline.transforms import resize_array
 from rvit_jax import annotate, predict
 from tests.small import saved_model
 
@@ -326,3 +327,20 @@ def test_an_input_that_fails_amid_its_frames_does_not_end_the_others(
     assert "00004.png" in err
     results = {line["input"]: line["num_frames"] for line in lines if "result" in line}
     assert results == {str(broken): 3, str(folder): 10}
+
+
+def test_frames_become_squares_as_in_training(capsys, tmp_path, folder, pixels):
+    """A model that saw the middle of each frame is shown the middle."""
+    checkpoint = saved_model(tmp_path / "m", attention="softmax")
+    description = json.loads((checkpoint / "model.json").read_text())
+    description["config"]["dataset"]["resize"] = "short_side"
+    (checkpoint / "model.json").write_text(json.dumps(description))
+    loaded = rvit_jax.load(checkpoint)
+    side = loaded.config.model.image_size
+    expected = np.stack([resize_array(frame, side, "short_side") for frame in pixels])
+    video = loaded.preprocess(pixels)
+    np.testing.assert_allclose(video, expected / 127.5 - 1, atol=1e-6)
+    _, lines, _ = run(capsys, "--checkpoint", checkpoint, "--input", folder, "--json")
+    logits = np.asarray(loaded.model(video[None])[0])[0]
+    probability = np.exp(logits.max()) / np.exp(logits).sum()
+    assert lines[-1]["probability"] == pytest.approx(probability, abs=1e-5)

@@ -883,3 +883,38 @@ def test_the_experiments_load(name):
     assert name in video_files.NAMES
     with pytest.raises(ValueError, match="no variant 'x'"):
         importlib.import_module(f"configs.{name}").get_config("x")
+
+
+def listed(tmp_path, text, names=("0.mp4", "1.mp4"), missing="fail"):
+    (tmp_path / "v").mkdir(exist_ok=True)
+    for name in names:
+        (tmp_path / "v" / name).write_bytes(b"x")
+    (tmp_path / "train.csv").write_text(text)
+    return read_split("video_list", tmp_path, "train", missing=missing)
+
+
+@pytest.mark.parametrize("between", [" ", "\t", ","])
+def test_labels_of_several_words(tmp_path, between):
+    text = f"v/0.mp4{between}Swiping Left\nv/1.mp4{between}Thumb Up\n"
+    source = listed(tmp_path, text, missing="skip")
+    assert source.class_names == ("Swiping Left", "Thumb Up")
+    assert (source.ids, source.missing) == (("v/0.mp4", "v/1.mp4"), ())
+
+
+@pytest.mark.parametrize("header", ["name,label", "id,class", "Path,Category"])
+def test_a_header_is_no_clip(tmp_path, header):
+    source = listed(tmp_path, f"{header}\nv/0.mp4,2\nv/1.mp4,10\n", missing="skip")
+    assert source.missing == ()
+    assert source.class_names == tuple(map(str, range(11)))
+    assert source.labels.tolist() == [2, 10]
+
+
+def test_one_file_under_two_names_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"train.csv:2: .* stands in .*train.csv:1 already"):
+        listed(tmp_path, "v/0.mp4,1\nv/../v/0.mp4,0\n")
+
+
+def test_numbers_that_may_be_names_are_refused(tmp_path):
+    (tmp_path / "classes.txt").write_text("2\n1\n0\n")
+    with pytest.raises(ValueError, match="whether a label is a name or an index cannot be told"):
+        listed(tmp_path, "v/0.mp4,0\nv/1.mp4,2\n")
