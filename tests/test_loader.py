@@ -461,7 +461,7 @@ import sys, time, multiprocessing
 from input_pipeline import jester, loader
 if __name__ == "__main__":
     split = jester.read_split(sys.argv[1], "train")
-    options = loader.ClipOptions(image_size=8, num_frames=4)
+    options = loader.ClipOptions(image_size=8, num_frames=4, training=True)
     batches = loader.BatchIterator(split, options, batch_size=4, num_workers=2)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
