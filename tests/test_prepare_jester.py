@@ -418,7 +418,8 @@ def test_the_tar_reader_agrees_with_pythons(members, kind, step):
 
 
 INTERRUPTED = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, if we run in the background
 sys.path.insert(0, ".")
 from input_pipeline import jester_dataset_builder as builder
 from rvit_jax.command import start
