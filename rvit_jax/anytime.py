@@ -71,7 +71,8 @@ def measure(answers: Answers, seconds_per_frame: float | None) -> dict[str, Any]
 
     Returns:
         num_clips, seconds_per_frame
-        by_frame: {frames: [1, ..., T], top1: [...]}; a clip that is over keeps its last answer.
+        by_frame: {frames: [1, ..., T], mean_frames: [...], top1: [...]}; a clip that is over keeps
+            its last answer, and `mean_frames` does not count what it has not.
         area: the share of its frames after which a clip's answer is right, mean over the clips.
             Where all clips are equally long, the area under `by_frame`.
         by_fraction: {fraction: [...], top1: [...], expected_calibration_error: [...]}
@@ -87,7 +88,11 @@ def measure(answers: Answers, seconds_per_frame: float | None) -> dict[str, Any]
     return {
         "num_clips": len(answers.label),
         "seconds_per_frame": seconds_per_frame,
-        "by_frame": {"frames": (frames + 1).tolist(), "top1": answers.right.mean(0).tolist()},
+        "by_frame": {
+            "frames": (frames + 1).tolist(),
+            "mean_frames": np.minimum(frames + 1, answers.num_frames[:, None]).mean(0).tolist(),
+            "top1": answers.right.mean(0).tolist(),
+        },
         "area": float(((answers.right & seen).sum(1) / answers.num_frames).mean()),
         "by_fraction": _by_fraction(answers),
         "stable": {

@@ -293,7 +293,7 @@ def evaluate(
     """
     from rvit_jax import report
 
-    checkpoint.check_writable(workdir)
+    checkpoint.check_writable(Path(workdir) / "evaluation")
     loaded = checkpoint.load(checkpoint_path)
     config = use_checkpoint_config(config, loaded.config, overrides)
     dataset = input_pipeline.get_dataset(config, split, training=False)
@@ -422,6 +422,14 @@ def write_results(
         figures.write_png(
             figures.calibration_error(measured), folder / f"{stem}_calibration_error.png"
         )
+    # What an earlier evaluation of the split left, and this one has not, would belie it.
+    stale = {
+        ("_anytime.json", "_anytime.png", "_reliability.png", "_calibration_error.png"): measured,
+        ("_confusion.csv",): result.confusion,
+    }
+    for endings, now in stale.items():
+        for ending in endings if now is None else ():
+            (folder / f"{stem}{ending}").unlink(missing_ok=True)
     predicted = result.probabilities.argmax(axis=-1)
     rows = [("id", "predicted", "probability", "label")]
     for clip_id, row, index, label in zip(
@@ -441,9 +449,15 @@ def write_results(
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", newline="") as file:
-        csv.writer(file, delimiter=";").writerows(rows)
-    os.replace(aside, path)
+    try:
+        with aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            csv.writer(file, delimiter=";").writerows(rows)
+        os.replace(aside, path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        raise
 
 
 def print_record(record: dict[str, Any]) -> None:

@@ -4,10 +4,12 @@ Each function returns a Figure; `write_png` and `as_svg` say where it goes. A re
 figure in two themes, for light and for dark pages.
 """
 
+import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ def anytime_curve(measured: dict[str, Any], theme: Theme = LIGHT) -> Figure:
     figure, axes = _figure(theme, width=5.6, height=3.8)
     by_frame = measured["by_frame"]
     axes.plot(
-        by_frame["frames"],
+        by_frame["mean_frames"],
         by_frame["top1"],
         color=theme.series[0],
         marker="o" if len(by_frame["frames"]) < 80 else None,
@@ -226,19 +228,30 @@ def write_png(figure: Figure, path: Path, *, dpi: int = 120) -> None:
     path = Path(path)
     aside = path.with_name(f".tmp.{path.name}")
     try:
-        figure.savefig(aside, format="png", dpi=dpi)
+        with _without_glyph_warnings():
+            figure.savefig(aside, format="png", dpi=dpi)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
         raise
 
 
 def as_svg(figure: Figure) -> bytes:
     """An SVG file; letters are drawn as shapes, the same wherever it is shown."""
     file = io.BytesIO()
-    with rc_context({"svg.hashsalt": "rvit_jax"}):
+    with rc_context({"svg.hashsalt": "rvit_jax"}), _without_glyph_warnings():
         figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def _without_glyph_warnings() -> Iterator[None]:
+    """A class name in letters that the font has not is drawn as boxes; a page has its own fonts."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _figure(theme: Theme, *, width: float = 4.6, height: float = 3.2) -> tuple[Figure, Axes]:

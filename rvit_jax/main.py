@@ -91,7 +91,7 @@ def _query(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     row, comma, column = text.partition(",")
-    if not (comma and row.strip().isdigit() and column.strip().isdigit()):
+    if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
         raise ArgumentError(f"--query={text}: expected ROW,COLUMN of a patch, such as 3,4")
     return int(row), int(column)
 

@@ -404,11 +404,14 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.save is not None:
         films = [_numbered(args.save, index, len(args.input)) for index in range(len(args.input))]
         outputs += films + [film.with_suffix(".png") for film in films]
-    for path in outputs:
+    inputs = [Path(name).expanduser() for name in args.input]
+    seen: dict[str, Path] = {}
+    for path in (output.expanduser() for output in outputs):
         _check_folder_of(path)
-        for name in args.input:
-            if path.exists() and os.path.exists(name) and os.path.samefile(path, name):
-                raise ValueError(f"{path} is an input, and would be replaced: name another file")
+        if any(path.exists() and name.exists() and path.samefile(name) for name in inputs):
+            raise ValueError(f"{path} is an input, and would be replaced: name another file")
+        if seen.setdefault(os.path.realpath(path), path) is not path:
+            raise ValueError(f"{path} is to hold two things: name another file for one of them")
 
 
 def _check_folder_of(path: Path) -> None:

@@ -78,7 +78,7 @@ def write_report(
     suffix = "" if record["frame_order"] == "forward" else f"_{record['frame_order']}"
     path = folder / f"report{suffix}.html"
     names = loaded.class_names
-    training = _training_records(loaded.path)
+    training = _training_records(loaded.path, loaded.step)
     by_class = any("mean_average_precision" in line for line in training)
     accuracy = "mean_average_precision" if by_class else "top1"
     environment = jinja2.Environment(
@@ -117,8 +117,15 @@ def write_report(
         config=json.dumps(json.loads(config.to_json_best_effort()), indent=2),
     )
     aside = path.with_name(f".tmp.{path.name}")
-    aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        # A clip's id may be a file name that is no UTF-8.
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
+        os.replace(aside, path)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written: {error.strerror}") from error
+        raise
     return path
 
 
@@ -127,25 +134,37 @@ def _percent(value: float | None, digits: int = 1) -> str:
 
 
 def _standard_error(record: dict[str, Any]) -> float | None:
-    """Of top-1, from the number of clips."""
-    if "top1" not in record:
+    """Of top-1, from the number of clips; None where it would be 0, which says nothing."""
+    if not 0.0 < record.get("top1", 0.0) < 1.0:
         return None
     return math.sqrt(record["top1"] * (1 - record["top1"]) / record["num_clips"])
 
 
-def _training_records(checkpoint: Path) -> list[dict[str, Any]]:
+def _training_records(checkpoint: Path, step: int) -> list[dict[str, Any]]:
     """The run's records up to the checkpoint; none for a model that was not trained here."""
-    file = checkpoint.absolute().parents[1] / "metrics.jsonl"
+    checkpoint = checkpoint.absolute()
+    file = checkpoint.parent.parent / "metrics.jsonl"
     if checkpoint.parent.name != "checkpoints" or not file.is_file():
         return []
     records = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:  # its writing was cut off; resuming drops it too
             continue
-    measured = {"top1", "mean_average_precision"}
-    return [record for record in records if measured & set(record)]
+        whole = _has_numbers(record, ("step", "loss")) and (
+            _has_numbers(record, ("top1",)) or _has_numbers(record, ("mean_average_precision",))
+        )
+        if whole and record["step"] <= step and isinstance(record.get("training", {}), dict):
+            records.append(record)
+    return records
+
+
+def _has_numbers(record: Any, keys: Sequence[str]) -> bool:
+    """Whether a JSON value is an object with numbers at these keys."""
+    return isinstance(record, dict) and all(
+        isinstance(record.get(key), int | float) for key in keys
+    )
 
 
 def _other_records(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -156,7 +175,9 @@ def _other_records(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]
             other = json.loads(file.read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(other, dict) and {"split", "top1", "frame_order", "step"} <= set(other):
+        if _has_numbers(other, ("top1", "loss", "num_clips", "step")) and all(
+            isinstance(other.get(key), str) for key in ("split", "frame_order")
+        ):
             same = all(other[key] == record[key] for key in ("split", "frame_order"))
             others += [] if same else [other]
     return others
@@ -276,7 +297,7 @@ def _protocol(
             f"{model.num_layers} layers, {model.num_heads} heads, {model.attention} attention, "
             f"read-out {model.readout}, {model.head} head",
         ),
-        ("batch", f"{config.batch_size}; no figure depends on it"),
+        ("batch", str(config.batch_size)),
         ("device", f"{len(jax.devices())} x {device.device_kind} ({device.platform})"),
         ("versions", f"rvit_jax {__version__}, Python {platform.python_version()}, {versions}"),
         ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),

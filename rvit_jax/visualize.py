@@ -372,9 +372,13 @@ def visualize(
     paths: list[Path] = []
     with contextlib.closing(dataset), bar:
         for batch in itertools.islice(dataset, count):
+            bar.update()
+            if not batch["mask"][0]:  # could not be read, and was said so
+                continue
             clip = _see(batch, lens, config, loaded.class_names, dataset.class_names, query)
             paths += _draw_clip(clip, Path(workdir) / "attention_visual")
-            bar.update()
+    if not paths:
+        raise ValueError(f"none of the {count} clips could be read: see the warnings")
     return paths
 
 

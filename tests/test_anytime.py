@@ -93,6 +93,11 @@ def test_fractions_count_whole_frames_rounded_up():
     assert by_fraction["top1"] == [0.0] * 6 + [1.0] * 4
 
 
+def test_frames_that_a_clip_has_not_are_not_counted():
+    ragged = answers([[0, 0, 0, 0], [1, 1, 1, 1]], [0, 1], num_frames=[2, 4])
+    assert anytime.measure(ragged, 1.0)["by_frame"]["mean_frames"] == [1.0, 2.0, 2.5, 3.0]
+
+
 def test_what_comes_after_a_clips_end_is_not_read():
     probabilities = np.random.default_rng(0).dirichlet(np.ones(3), (2, 4))
     num_frames, label = np.array([2, 4]), np.array([0, 1])

@@ -344,3 +344,24 @@ def test_frames_become_squares_as_in_training(capsys, tmp_path, folder, pixels):
     logits = np.asarray(loaded.model(video[None])[0])[0]
     probability = np.exp(logits.max()) / np.exp(logits).sum()
     assert lines[-1]["probability"] == pytest.approx(probability, abs=1e-5)
+
+
+def test_an_input_under_another_name_is_not_written_over(
+    capsys, checkpoint, tmp_path, pixels, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    film = write_film(tmp_path / "a.mp4", pixels)
+    before = film.read_bytes()
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--input", film, "--save", "~/a.mp4")
+    assert status == 1
+    assert "is an input, and would be replaced" in err
+    assert film.read_bytes() == before
+
+
+@pytest.mark.parametrize("state", ["o.mp4", "o.png"])
+def test_two_outputs_are_not_one_file(capsys, checkpoint, tmp_path, folder, state):
+    outputs = ("--save", tmp_path / "o.mp4", "--state", tmp_path / state)
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--input", folder, *outputs)
+    assert status == 1
+    assert "is to hold two things" in err
+    assert not list(tmp_path.iterdir())

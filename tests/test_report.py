@@ -49,7 +49,10 @@ def checkpoint(tmp_path_factory):
     ]
     lines = [*map(json.dumps, records), '{"step": 12, "lo']
     (run / "metrics.jsonl").write_text("\n".join(lines))
-    return saved_model(run / "checkpoints" / "8", attention="softmax", class_names=NAMES)
+    folder = saved_model(run / "checkpoints" / "8", attention="softmax", class_names=NAMES)
+    description = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**description, "step": 8}))
+    return folder
 
 
 def config_of(data):
@@ -257,3 +260,49 @@ def test_in_a_browser(workdir, width, scheme):
     assert background == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 24, 28)"}[scheme]
     colour = {"light": figures.LIGHT, "dark": figures.DARK}[scheme].series[0]
     assert colour in base64.b64decode(shown.partition(",")[2]).decode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "7",
+        '{"top1": 0.5}',
+        '{"step": 4, "loss": 1.0, "top1": 0.5, "training": null}',
+        '{"step": 4, "loss": "low", "top1": 0.5}',
+        '{"step": 12, "loss": 1.0, "top1": 0.5}',
+        "\udcff",
+    ],
+)
+def test_records_that_are_none_are_left_out(checkpoint, tmp_path, line):
+    folder = tmp_path / "run" / "checkpoints" / "8"
+    folder.mkdir(parents=True)
+    good = '{"step": 8, "loss": 0.4, "top1": 0.6, "training": {"loss": 1.0}}'
+    content = f"{line}\n{good}\n".encode(errors="surrogateescape")
+    (tmp_path / "run" / "metrics.jsonl").write_bytes(content)
+    assert report._training_records(folder, 8) == [json.loads(good)]
+    assert report._training_records(tmp_path / "model", 0) == []
+
+
+def test_other_files_in_the_folder_do_no_harm(data, checkpoint, tmp_path):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    for number, text in enumerate(
+        ("[]", '{"split": "x", "top1": 0.5, "frame_order": "forward", "step": 3}', "{", "7")
+    ):
+        (folder / f"other{number}.json").write_text(text)
+    run(data, checkpoint, tmp_path)
+    assert (folder / "report.html").exists()
+
+
+def test_what_an_earlier_evaluation_left_goes(data, checkpoint, tmp_path):
+    run(data, checkpoint, tmp_path)
+    folder = tmp_path / "evaluation"
+    assert (folder / "validation_anytime.json").exists()
+    overrides = {"sampling": "uniform"}
+    config = config_of(data)
+    config.dataset.classes = NAMES[:3]
+    config.dataset.update(overrides)
+    config.views.temporal = 2
+    evaluate.evaluate(config, tmp_path, "validation", checkpoint, ["dataset.sampling"])
+    left = {file.name for file in folder.glob("validation*")}
+    assert left == {"validation.json", "validation_predictions.csv", "validation_confusion.csv"}

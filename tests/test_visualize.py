@@ -339,3 +339,15 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="picture"):
         visualize._save_picture(path, np.zeros((20, 20, 3), np.uint8), [])
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_a_clip_that_cannot_be_read_is_not_drawn(tmp_path, checkpoint):
+    root = make_set(tmp_path / "data", {"validation": labelled(1, 2)}, num_frames=3)
+    for file in (root / "20bn-jester-v1" / "1").iterdir():
+        file.write_bytes(b"no image")
+    skipping = {"on_error": "skip"}
+    config = config_of(root, **skipping)
+    paths = visualize.visualize(config, tmp_path / "w", "validation", checkpoint)
+    assert {path.stem.split("_")[0] for path in paths} == {"2"}
+    with pytest.raises(ValueError, match="none of the 1 clips could be read"):
+        visualize.visualize(config, tmp_path / "w", "validation", checkpoint, ids=("1",))
