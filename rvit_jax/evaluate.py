@@ -26,6 +26,7 @@ from tqdm import tqdm
 import input_pipeline
 from rvit_jax import anytime, checkpoint, losses, steps
 from rvit_jax.config import suggest
+from rvit_jax.files import written_aside
 from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
 EvalStep = Callable[[nnx.State, nnx.State, steps.Batch], tuple[Array, Array]]
@@ -448,16 +449,11 @@ def write_results(
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            csv.writer(file, delimiter=";").writerows(rows)
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written: {error.strerror}") from error
-        raise
+    with (
+        written_aside(path) as aside,
+        aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        csv.writer(file, delimiter=";").writerows(rows)
 
 
 def print_record(record: dict[str, Any]) -> None:

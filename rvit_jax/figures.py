@@ -7,7 +7,6 @@ figure in two themes, for light and for dark pages.
 import contextlib
 import dataclasses
 import io
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from rvit_jax.files import written_aside
 
 MOST_NAMES = 60  # classes whose names are written beside a confusion matrix
 FEW_CLIPS = 10  # of a bin: its accuracy is little more than chance
@@ -225,17 +226,8 @@ def write_png(figure: Figure, path: Path, *, dpi: int = 120) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    aside = path.with_name(f".tmp.{path.name}")
-    try:
-        with _without_glyph_warnings():
-            figure.savefig(aside, format="png", dpi=dpi)
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written: {error.strerror}") from error
-        raise
+    with written_aside(Path(path)) as aside, _without_glyph_warnings():
+        figure.savefig(aside, format="png", dpi=dpi)
 
 
 def as_svg(figure: Figure) -> bytes:

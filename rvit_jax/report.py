@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from rvit_jax import figures
+from rvit_jax.files import written_aside
 from rvit_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -116,16 +117,9 @@ def write_report(
         protocol=_protocol(record, config, loaded),
         config=json.dumps(json.loads(config.to_json_best_effort()), indent=2),
     )
-    aside = path.with_name(f".tmp.{path.name}")
-    try:
+    with written_aside(path) as aside:
         # A clip's id may be a file name that is no UTF-8.
         aside.write_text(page, encoding="utf-8", errors="backslashreplace")
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written: {error.strerror}") from error
-        raise
     return path
 
 
