@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rvit_jax.layers import LayerNorm, Linear, UnusedParam
-from rvit_jax.shapes import Tokens
+from rvit_jax.layers import LayerNorm, Linear, UnusedParam, in_float32
+from rvit_jax.shapes import Projected, Tokens
 
 ATTENTION_KINDS = ("linear", "softmax", "reattention")
 
@@ -19,8 +19,8 @@ AttentionMaps = Float[Array, "B A S S"]
 
 
 def _elu_plus_one(x: Array) -> Array:
-    """`elu(x) + 1`: the positive feature map of linear attention."""
-    return jax.nn.elu(x) + 1.0
+    """`elu(x) + 1`: the positive feature map of linear attention, in float32."""
+    return jax.nn.elu(in_float32(x)) + 1.0
 
 
 def linear_attention_maps(q: Heads, k: Heads) -> AttentionMaps:
@@ -34,13 +34,16 @@ def linear_attention(q: Heads, k: Heads, v: Heads) -> Heads:
     Deviation: the reference builds the S x S weights; `q (k^T v)` is the same number for S / C
     times fewer operations, and never holds a map.
     """
-    q, k = _elu_plus_one(q), _elu_plus_one(k)
-    return q @ (jnp.swapaxes(k, -1, -2) @ v)  # [B, A, S, C] @ [B, A, C, C]
+    dtype, q, k, v = v.dtype, _elu_plus_one(q), _elu_plus_one(k), in_float32(v)
+    return (q @ (jnp.swapaxes(k, -1, -2) @ v)).astype(dtype)  # [B, A, S, C] @ [B, A, C, C]
 
 
 def softmax_attention_maps(q: Heads, k: Heads) -> AttentionMaps:
     """Scaled dot-product attention weights; each row (query) sums to 1."""
-    scores = (q * q.shape[-1] ** -0.5) @ jnp.swapaxes(k, -1, -2)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.matmul(
+        q * q.shape[-1] ** -0.5, jnp.swapaxes(k, -1, -2), preferred_element_type=wide
+    )
     return jax.nn.softmax(scores, axis=-1)
 
 
@@ -84,7 +87,9 @@ class AttentionGate(nnx.Module):
 
     def queries_keys_values(self, x: Tokens, g: Tokens) -> tuple[Heads, Heads, Heads]:
         """Projects the normalised frame `x` and state `g` and splits the sum into heads."""
-        z = self.to_qkv(x) + self.to_qkv_hidden(g)  # [B, S, 3D]
+        return self._split_heads(self.to_qkv(x) + self.to_qkv_hidden(g))
+
+    def _split_heads(self, z: Projected) -> tuple[Heads, Heads, Heads]:
         z = z.reshape(*z.shape[:2], 3, self.num_heads, -1)  # [B, S, 3, A, C]
         # Heads before tokens: plain batched products, twice as fast on CPU as summing in place.
         q, k, v = z.transpose(2, 0, 3, 1, 4)
@@ -102,10 +107,16 @@ class AttentionGate(nnx.Module):
 
     def attend(self, q: Heads, k: Heads, v: Heads) -> Heads:
         """The values summed with `maps(q, k)`; linear attention never builds the maps."""
-        return linear_attention(q, k, v) if self.kind == "linear" else self.maps(q, k) @ v
+        if self.kind == "linear":
+            return linear_attention(q, k, v)
+        return self.maps(q, k).astype(v.dtype) @ v
 
     def __call__(self, x: Tokens, g: Tokens) -> Tokens:
         """Returns the gate's output for the normalised frame tokens `x` and state tokens `g`."""
-        attended = self.attend(*self.queries_keys_values(x, g))
+        return self.gate(self.to_qkv(x), g)
+
+    def gate(self, projected: Projected, g: Tokens) -> Tokens:
+        """The same from `to_qkv` of the frame's tokens: all that needs the state."""
+        attended = self.attend(*self._split_heads(projected + self.to_qkv_hidden(g)))
         attended = jnp.swapaxes(attended, 1, 2)  # [B, S, A, C]
-        return self.to_out(attended.reshape(x.shape))  # heads side by side: [B, S, D]
+        return self.to_out(attended.reshape(g.shape))  # heads side by side: [B, S, D]

@@ -10,19 +10,36 @@ with that layer's state `hidden` [S, D] (the reference's `model/RViT.py`):
     y      = x + a
     x      = y + MLP(LN(y))
 
-`RViT.encode_frame` is this cell, one frame through all layers; `RViT.__call__` is
-`jax.lax.scan` of the cell over the frames of a clip; `RViT.step` is the cell and the read-out.
+`RViT.encode_frame` is this cell, one frame through all layers; `RViT.step` is the cell and the
+read-out; `RViT.__call__` reads a clip by `jax.lax.scan`, in one of two orders (`schedule.py`).
+
+Tokens are in `dtype`, which is that of the matrix products; the state, LayerNorms, softmax, the
+sums of linear attention and the head are in float32 whatever it is (`precision.py`).
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from rvit_jax.attention import AttentionGate
 from rvit_jax.config import check_model_config
-from rvit_jax.layers import MLP, LayerNorm, Linear, UnusedParam, split_key, uniform_fan_in
+from rvit_jax.layers import (
+    MLP,
+    Dropout,
+    LayerNorm,
+    Linear,
+    UnusedParam,
+    add_bias,
+    in_float32,
+    split_key,
+    uniform_fan_in,
+)
+from rvit_jax.schedule import read_clip
 from rvit_jax.shapes import (
     ClassTokens,
     Frame,
@@ -32,16 +49,10 @@ from rvit_jax.shapes import (
     NumFrames,
     OneToken,
     PRNGKey,
+    Projected,
     Tokens,
     Video,
 )
-
-# What training keeps of each frame for the gradient, by `config.model.remat`.
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "frames": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 # A compiler rewrites and fuses `(x / 255 - 0.5) / 0.5` and loses its last bit; looked up, the
 # pixels are the reference's bit for bit everywhere, as fast.
@@ -72,8 +83,8 @@ class PatchEmbedding(nnx.Module):
         patches = frame.reshape(batch, height // size, size, width // size, size, channels)
         patches = patches.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
         patches = patches.reshape(batch, -1, size * size * channels)
-        kernel = self.kernel[...].reshape(size * size * channels, -1)
-        return patches @ kernel + self.bias[...]
+        kernel = self.kernel[...].reshape(size * size * channels, -1).astype(frame.dtype)
+        return add_bias(patches @ kernel, self.bias[...])
 
 
 class EncoderBlock(nnx.Module):
@@ -92,7 +103,7 @@ class EncoderBlock(nnx.Module):
             rngs=rngs,
         )
         self.mlp = MLP(size, config.mlp_dim, config.block_dropout_rate, rngs=rngs)
-        self.dropout = nnx.Dropout(config.block_dropout_rate)
+        self.dropout = Dropout(config.block_dropout_rate)
 
     def __call__(
         self, x: Tokens, g: Tokens, key: PRNGKey | None = None, *, class_token_only: bool = False
@@ -107,13 +118,25 @@ class EncoderBlock(nnx.Module):
                 whole either way. Deviation: the reference computes all of the last layer's
                 tokens; the others reach nothing.
         """
-        attention_key, mlp_key = split_key(key)
-        gate = self.attention(self.norm_input(x), self.norm_hidden(g))
-        a = gate  # dropped out on its way to x alone, as in the reference
+        gate = self.attention(self.norm_input(x), self.norm_hidden(g).astype(x.dtype))
         if class_token_only:
-            x, a = x[:, :1], a[:, :1]
-        y = x + self.dropout(a, rngs=attention_key)
-        return y + self.mlp(self.norm_out(y), mlp_key), gate
+            return self.leave(x[:, :1], gate[:, :1], key), gate
+        return self.leave(x, gate, key), gate
+
+    def project(self, x: Tokens) -> Projected:
+        """The frame's part of queries, keys and values, [B, S, 3D]: it needs no state."""
+        return self.attention.to_qkv(self.norm_input(x))
+
+    def gate(self, projected: Projected, g: Tokens) -> Tokens:
+        """The gate [B, S, D] for `project`'s result: all of the layer that needs the state."""
+        return self.attention.gate(projected, self.norm_hidden(g).astype(projected.dtype))
+
+    def leave(self, x: Tokens, gate: Tokens, key: PRNGKey | None = None) -> Tokens:
+        """The layer's output, of the tokens that `x` and `gate` hold."""
+        attention_key, mlp_key = split_key(key)
+        # Dropped out on its way to x alone, as in the reference: the state gets the gate whole.
+        y = x + self.dropout(gate, rngs=attention_key)
+        return y + self.mlp(self.norm_out(y), mlp_key)
 
 
 class LinearHead(nnx.Module):
@@ -145,19 +168,23 @@ class RViT(nnx.Module):
 
     Args:
         config: `config.model`, see `configs/base.py`.
+        dtype: of the tokens and of matrix products: float32 or bfloat16.
         rngs: for the initial parameters, drawn from the distributions that PyTorch draws from.
 
     Raises:
         ValueError: a key is missing, out of range, or contradicts another.
     """
 
-    def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
+    def __init__(self, config: ConfigDict, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         check_model_config(config)
         size, num_layers = config.hidden_size, config.num_layers
         num_patches = (config.image_size // config.patch_size) ** 2
         unit_normal = nnx.initializers.normal(1.0)
         self.image_size = config.image_size
         self.readout = config.readout
+        self.dtype = jnp.dtype(dtype)
+        self.schedule = config.schedule
+        self.segment_frames = config.segment_frames
         self.remat = config.remat
         self.num_patches = num_patches
         self.patch_embedding = PatchEmbedding(config.patch_size, size, rngs=rngs)
@@ -168,7 +195,7 @@ class RViT(nnx.Module):
         kind = nnx.Param if config.learned_hidden_token else UnusedParam
         self.hidden_class_token = kind(unit_normal(rngs.params(), (num_layers, 1, 1, size)))
         self.layers = nnx.List([EncoderBlock(config, rngs=rngs) for _ in range(num_layers)])
-        self.dropout = nnx.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         features = size * (num_layers + 1 if config.readout == "class_and_hidden_tokens" else 1)
         if config.head == "linear":
             self.head = LinearHead(features, config.num_classes, rngs=rngs)
@@ -180,7 +207,7 @@ class RViT(nnx.Module):
     def initial_hidden(self, batch_size: int) -> Hidden:
         """The state before the first frame: a learned token 0 per layer, zeros elsewhere."""
         num_layers, _, _, size = self.hidden_class_token.shape
-        class_tokens = self.hidden_class_token[...]
+        class_tokens = in_float32(self.hidden_class_token[...])
         if not self.learned_hidden_token:
             class_tokens = jnp.zeros_like(class_tokens)
         class_tokens = jnp.broadcast_to(class_tokens, (num_layers, batch_size, 1, size))
@@ -189,19 +216,48 @@ class RViT(nnx.Module):
 
     def embed(self, frame: Frame) -> Tokens:
         """A frame [B, H, W, 3] as tokens [B, S, D]: the class token, then the patches."""
-        patches = self.patch_embedding(normalise(frame))  # [B, N, D]
+        dtype = self.token_dtype(frame)
+        patches = self.patch_embedding(normalise(frame).astype(dtype))  # [B, N, D]
         batch_size, _, size = patches.shape
-        class_tokens = jnp.broadcast_to(self.class_token[...], (batch_size, 1, size))
-        return jnp.concatenate([class_tokens, patches], axis=1)
+        class_tokens = jnp.broadcast_to(in_float32(self.class_token[...]), (batch_size, 1, size))
+        return jnp.concatenate([class_tokens.astype(dtype), patches], axis=1)
 
-    def next_state(self, gate: Tokens, hidden: Tokens) -> Tokens:
-        """A layer's state after a frame, from its gate's output and its state before."""
-        if self.state_keeps_positions:
-            hidden = hidden + self.pos_embedding[...]
-        return gate + hidden
+    def token_dtype(self, frames: Video | Frame) -> jnp.dtype:
+        """`dtype`; for frames in float64, which only JAX's x64 mode lets through, theirs."""
+        return frames.dtype if frames.dtype == jnp.float64 else self.dtype
+
+    def next_state(self, gate: Tokens, hidden: Tokens, g: Tokens) -> Tokens:
+        """A layer's state after a frame, from its gate's output and its state before.
+
+        Args:
+            gate: [B, S, D].
+            hidden: the state before, [B, S, D].
+            g: the same, positions added.
+        """
+        return gate.astype(hidden.dtype) + (g if self.state_keeps_positions else hidden)
+
+    def positions(self, batch_size: int) -> Tokens:
+        """The position embedding, once for each clip, [B, S, D].
+
+        So its gradient is summed over the frames first and over the clips at last; summing over the
+        clips at every frame took a sixth of a training step on a CPU.
+        """
+        return jnp.tile(self.pos_embedding[...], (batch_size, 1, 1))
+
+    def add_positions(self, x: Tokens, positions: Tokens, key: PRNGKey | None = None) -> Tokens:
+        """What a layer reads of the tokens [B, S, D] that the layer before gave."""
+        return self.dropout(x + positions.astype(x.dtype), rngs=key)
+
+    def split_keys(self, key: PRNGKey | None) -> tuple[PRNGKey | None, ...]:
+        """Of one frame: for each layer, a key of `add_positions` and one of the layer."""
+        return split_key(key, 2 * len(self.layers))
 
     def encode_frame(
-        self, frame: Frame, hidden: Hidden, key: PRNGKey | None = None
+        self,
+        frame: Frame,
+        hidden: Hidden,
+        key: PRNGKey | None = None,
+        positions: Tokens | None = None,
     ) -> tuple[ClassTokens, Hidden]:
         """One frame through all layers: the recurrent cell.
 
@@ -209,30 +265,34 @@ class RViT(nnx.Module):
             frame: [B, H, W, 3], float in [-1, 1] or uint8.
             hidden: the state after the frame before, [L, B, S, D].
             key: for dropout, in training mode.
+            positions: `positions(B)`, where the caller has them.
 
         Returns:
             The class token [B, D] after the last layer, and the state [L, B, S, D].
         """
         x = self.embed(frame)
-        positions = self.pos_embedding[...]
-        keys = split_key(key, 2 * len(self.layers))
+        if positions is None:
+            positions = self.positions(len(x))
+        keys = self.split_keys(key)
         new_hidden = []
         for index, layer in enumerate(self.layers):
-            x = self.dropout(x + positions, rngs=keys[2 * index])
-            x, gate = layer(
-                x,
-                hidden[index] + positions,
-                keys[2 * index + 1],
-                class_token_only=index == len(self.layers) - 1,
-            )
-            new_hidden.append(self.next_state(gate, hidden[index]))
+            read = functools.partial(self._read_layer, layer, index == len(self.layers) - 1)
+            if self.remat == "layers":
+                read = jax.checkpoint(read)
+            g = hidden[index] + positions
+            x, gate = read(x, g, positions, *keys[2 * index : 2 * index + 2])
+            new_hidden.append(self.next_state(gate, hidden[index], g))
         return x[:, 0], jnp.stack(new_hidden)
+
+    def _read_layer(self, layer, last, x, g, positions, position_key, layer_key):
+        x = self.add_positions(x, positions, position_key)
+        return layer(x, g, layer_key, class_token_only=last)
 
     def read_out(
         self, class_token: ClassTokens, hidden: Hidden, key: PRNGKey | None = None
     ) -> Logits:
         """Logits [B, K] from the class token of a frame and the state after it."""
-        features = [class_token]
+        features = [in_float32(class_token)]
         if self.readout == "class_and_hidden_tokens":
             features.extend(hidden[:, :, 0])  # L times [B, D]
         return self.head(jnp.concatenate(features, axis=-1), key)
@@ -272,27 +332,9 @@ class RViT(nnx.Module):
         self._check_hidden(hidden, video.shape[0])
         frames_key, head_key = split_key(rngs)
 
-        def read_frame(carry, inputs):
-            class_token, hidden = carry
-            t, frame = inputs
-            key = None if frames_key is None else jax.random.fold_in(frames_key, t)
-            new_carry = self.encode_frame(frame, hidden, key)
-            if num_frames is not None:
-                active = (t < num_frames)[:, None]  # [B, 1]
-                new_carry = (
-                    jnp.where(active, new_carry[0], class_token),
-                    jnp.where(active[..., None], new_carry[1], hidden),
-                )
-            return new_carry, None
-
-        no_token = jnp.zeros((video.shape[0], hidden.shape[-1]), hidden.dtype)
         if num_frames is not None:
             num_frames = jnp.asarray(num_frames)
-        frames = (jnp.arange(video.shape[1]), jnp.moveaxis(video, 1, 0))  # [T], [T, B, H, W, 3]
-        if self.remat != "none":
-            # Training keeps less per frame and computes the rest again on the way back.
-            read_frame = jax.checkpoint(read_frame, policy=REMAT_POLICIES[self.remat])
-        (class_token, hidden), _ = jax.lax.scan(read_frame, (no_token, hidden), frames)
+        class_token, hidden = read_clip(self, jnp.asarray(video), hidden, num_frames, frames_key)
         return self.read_out(class_token, hidden, head_key), hidden
 
     def step(

@@ -42,6 +42,7 @@ from flax import nnx
 from ml_collections import config_flags
 
 from configs import base
+from rvit_jax import precision
 from rvit_jax.checkpoint import load
 from rvit_jax.command import ArgumentError, check_config_arguments, parse, run, start
 from rvit_jax.config import check_config
@@ -252,7 +253,7 @@ def _medians_ms(calls: dict[str, Call], seconds: float) -> dict[str, float]:
 
 def attend(layer: EncoderBlock, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The part "attention" of a layer: what goes to its MLP, and its gate, [B, S, D] both."""
-    gate = layer.attention(layer.norm_input(x), layer.norm_hidden(g))
+    gate = layer.attention(layer.norm_input(x), layer.norm_hidden(g).astype(x.dtype))
     return x + gate, gate
 
 
@@ -284,7 +285,7 @@ def run_parts(
         if index == len(model.layers) - 1:
             y = y[:, :1]
         x = call(f"layer {index}: MLP", layer, transform, y)
-        new_hidden.append(model.next_state(gate, hidden[index]))
+        new_hidden.append(model.next_state(gate, hidden[index], g))
     return call("read-out", model, RViT.read_out, x[:, 0], jnp.stack(new_hidden))
 
 
@@ -472,7 +473,7 @@ def _profile(argv: list[str]) -> None:
             check_config(config, base.get_config())
         except ValueError as error:
             raise ArgumentError(str(error)) from error
-        model = RViT(config.model, rngs=nnx.Rngs(config.seed))
+        model = precision.make_model(config, rngs=nnx.Rngs(config.seed))
     profile = profile_model(
         model,
         batch_size=values.batch_size,

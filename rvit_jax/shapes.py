@@ -19,6 +19,7 @@ HostOrDevice = jax.Array | np.ndarray
 Video = Float[HostOrDevice, "B T H W 3"] | UInt8[HostOrDevice, "B T H W 3"]
 Frame = Float[HostOrDevice, "B H W 3"] | UInt8[HostOrDevice, "B H W 3"]
 Tokens = Float[Array, "B S D"]
+Projected = Float[Array, "B S Z"]  # Z = 3 D: queries, keys, values
 OneToken = Float[Array, "B 1 D"]
 Hidden = Float[Array, "L B S D"]
 ClassTokens = Float[Array, "B D"]

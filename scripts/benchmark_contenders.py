@@ -16,8 +16,9 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rvit_jax import RViT, losses, optimizer, steps
+from rvit_jax import RViT, losses, optimizer, sharding, steps
 from rvit_jax.model import CompiledRViT
+from rvit_jax.schedule import resolve
 from weights_converter import mapping, run_archive
 from weights_converter.torch_rvit import TorchRViT
 
@@ -39,7 +40,9 @@ class Settings:
         num_devices: host devices that share a batch, on the CPU.
         torch_compile: whether torch.compile takes part.
         quick: fewer and smaller measurements.
-        dtypes: of parameters, inputs, state and arithmetic, in inference and streaming.
+        dtypes: of the arithmetic. bfloat16 is all of it in PyTorch's inference and streaming, all
+            but what `rvit_jax.precision` lists in ours; in training it is ours at level O1 and
+            PyTorch's autocast.
         matmul_precision: of float32 products on a GPU, both sides: "float32" or "tf32".
     """
 
@@ -81,30 +84,53 @@ def make_oracle(config: ConfigDict, dtype: str = "float32") -> TorchRViT:
     return TorchRViT(config.model).eval().to(torch_device(), DTYPES[dtype])
 
 
-def make_model(config: ConfigDict, dtype: str = "float32", sharding: Any = None) -> RViT:
-    """The same weights in our model, in evaluation mode."""
+def make_model(
+    config: ConfigDict, dtype: str = "float32", layout: sharding.Layout | None = None
+) -> RViT:
+    """The same weights in our model, in evaluation mode, whole on each device of the layout."""
     torch.manual_seed(config.seed)
     weights = {name: w.numpy() for name, w in TorchRViT(config.model).state_dict().items()}
     flat = mapping.to_flax(weights, config.model)
-    model = RViT(config.model, rngs=nnx.Rngs(config.seed))
+    model = RViT(config.model, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(config.seed))
     model.eval()
     mapping.load_into(model, {path: array.astype(jnp.dtype(dtype)) for path, array in flat.items()})
-    if sharding is not None:
+    if layout is not None:
         graphdef, state = nnx.split(model)
-        model = nnx.merge(graphdef, jax.device_put(state, sharding))
+        model = nnx.merge(graphdef, layout.place(state, whole=True))
     return model
 
 
-def our_variants(batch_size: int, settings: Settings) -> dict[str, tuple[Any, Any]]:
-    """Name -> where the batch and the parameters go (None: to the one device)."""
-    variants = {OURS: (None, None)}
-    number = settings.num_devices
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How ours runs.
+
+    Attributes:
+        schedule: `config.model.schedule`.
+        layout: the devices that share each batch.
+    """
+
+    schedule: str
+    layout: sharding.Layout
+
+
+def our_variants(config: ConfigDict, batch_size: int, settings: Settings) -> dict[str, Variant]:
+    """Name -> variant: the config's own, the other order of computing, several devices."""
+    own, number = config.model.schedule, settings.num_devices
+    other = {"frames": "layers", "layers": "frames"}[resolve(own)]
+    one = layout_of(config, batch_size, 1)
+    variants = {OURS: Variant(own, one), f"{OURS}, {other}": Variant(other, one)}
     if number > 1 and batch_size % number == 0:
-        mesh = jax.sharding.Mesh(np.array(jax.devices()[:number]), ("data",))
-        specs = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-        over_batch, replicated = (jax.sharding.NamedSharding(mesh, spec) for spec in specs)
-        variants[f"{OURS}, {number} devices"] = over_batch, replicated
+        several = layout_of(config, batch_size, number)
+        variants[f"{OURS}, {number} devices"] = Variant(own, several)
     return variants
+
+
+def layout_of(config: ConfigDict, batch_size: int, num_devices: int) -> sharding.Layout:
+    """The first so many devices, sharing batches as in a run of training."""
+    config = config.copy_and_resolve_references()
+    config.batch_size = batch_size
+    config.mesh.update(data=num_devices, fsdp=1)
+    return sharding.make_layout(config)
 
 
 def torch_variants(
@@ -178,16 +204,25 @@ def capture(function: Run) -> tuple[torch.cuda.CUDAGraph, Any]:
     return graph, outputs
 
 
+def varied(config: ConfigDict, variant: Variant | None) -> tuple[ConfigDict, Variant]:
+    """The config as the variant wants it; without one, as it is."""
+    if variant is None:
+        return config, Variant(config.model.schedule, layout_of(config, 1, 1))
+    config = config.copy_and_resolve_references()
+    config.model.schedule = variant.schedule
+    return config, variant
+
+
 # ------------------------------------------------------------------------------------- inference
 
 
 def jax_inference(
-    config: ConfigDict, video: np.ndarray, dtype: str = "float32", placed: Any = (None, None)
+    config: ConfigDict, video: np.ndarray, dtype: str = "float32", variant: Variant | None = None
 ) -> Run:
     """Clips that lie on the device -> logits, as a user calls a loaded model."""
-    over_batch, replicated = placed
-    compiled = CompiledRViT(make_model(config, dtype, replicated))
-    video = jax.device_put(video.astype(jnp.dtype(dtype)), over_batch)
+    config, variant = varied(config, variant)
+    compiled = CompiledRViT(make_model(config, dtype, variant.layout))
+    video = jax.device_put(video.astype(jnp.dtype(dtype)), variant.layout.rows)
     return lambda: jax.block_until_ready(compiled(video))[0]
 
 
@@ -232,8 +267,8 @@ def inference(config: ConfigDict, settings: Settings, video: np.ndarray, dtype: 
     """All contenders for clips [B, T, H, W, 3]."""
     partial = functools.partial
     makers: Makers = {
-        name: partial(jax_inference, config, video, dtype, placed)
-        for name, placed in our_variants(len(video), settings).items()
+        name: partial(jax_inference, config, video, dtype, variant)
+        for name, variant in our_variants(config, len(video), settings).items()
     }
     for name, make in torch_variants(settings).items():
         makers[name] = partial(torch_inference, config, video, dtype, make)
@@ -245,25 +280,34 @@ def inference(config: ConfigDict, settings: Settings, video: np.ndarray, dtype: 
 # -------------------------------------------------------------------------------------- training
 
 
-def our_train_step(config: ConfigDict, sharding: Any = None) -> tuple[Callable, steps.TrainState]:
-    """The training step, not compiled, and the state of step 0."""
+def our_train_step(
+    config: ConfigDict, dtype: str, layout: sharding.Layout
+) -> tuple[Callable, steps.TrainState]:
+    """The training step, not compiled, and the state of step 0; parameters are float32."""
     schedule = optax.constant_schedule(config.optimizer.learning_rate)
     adamw = optimizer.make_optimizer(config.optimizer, schedule)
-    graphdef, state = steps.create_train_state(make_model(config, sharding=sharding), adamw)
-    if sharding is not None:
-        state = jax.device_put(state, sharding)
+    model = make_model(config)
+    model.dtype = jnp.dtype(dtype)
+    graphdef, state = steps.create_train_state(model, adamw)
     train_step = steps.make_train_step(
-        graphdef, adamw, losses.make_loss(config.loss), seed=config.seed, ragged=False
+        graphdef,
+        adamw,
+        losses.make_loss(config.loss),
+        seed=config.seed,
+        ragged=False,
+        spread=layout.spread,
     )
-    return train_step, state
+    return train_step, layout.place(state)
 
 
-def jax_training(config: ConfigDict, batch: Batch, placed: Any = (None, None)) -> Run:
+def jax_training(
+    config: ConfigDict, batch: Batch, dtype: str = "float32", variant: Variant | None = None
+) -> Run:
     """A step on a batch that lies on the device; returns the sums of `steps`, loss among them."""
-    over_batch, replicated = placed
-    train_step, state = our_train_step(config, replicated)
-    train_step = jax.jit(train_step, donate_argnums=0)
-    batch = jax.device_put(batch, over_batch)
+    config, variant = varied(config, variant)
+    train_step, state = our_train_step(config, dtype, variant.layout)
+    train_step = variant.layout.compile_step(train_step)
+    batch = variant.layout.send(batch)
 
     def run() -> dict[str, jax.Array]:
         nonlocal state
@@ -285,8 +329,10 @@ class TorchTraining:
         config: ConfigDict,
         batch: Batch,
         make: Callable[[torch.nn.Module], Callable] = lambda module: module,
+        dtype: str = "float32",
     ):
-        """`make` makes a faster callable of the oracle."""
+        """`make` makes a faster callable of the oracle; bfloat16 is PyTorch's autocast."""
+        self._dtype = dtype
         recipe, device = config.optimizer, torch_device()
         smoothed = config.loss.name == "smoothed_cross_entropy"
         self._smoothing = config.loss.label_smoothing if smoothed else 0.0
@@ -307,9 +353,10 @@ class TorchTraining:
     def __call__(self) -> torch.Tensor:
         """One step."""
         video = (self._frames.float() / 255.0 - 0.5) / 0.5
-        logits, _ = self._function(video, self._state)
+        with torch.autocast(video.device.type, torch.bfloat16, enabled=self._dtype != "float32"):
+            logits, _ = self._function(video, self._state)
         loss = torch.nn.functional.cross_entropy(
-            logits, self._label, label_smoothing=self._smoothing
+            logits.float(), self._label, label_smoothing=self._smoothing
         )
         self._adamw.zero_grad()
         loss.backward()
@@ -325,14 +372,15 @@ class TorchTraining:
         return float(torch.stack([gradient.norm() for gradient in gradients]).norm())
 
 
-def training(config: ConfigDict, settings: Settings, batch: Batch) -> Makers:
+def training(config: ConfigDict, settings: Settings, batch: Batch, dtype: str) -> Makers:
     """All contenders for a step on `batch`, from uint8 frames on the device."""
+    partial = functools.partial
     makers: Makers = {
-        name: functools.partial(jax_training, config, batch, placed)
-        for name, placed in our_variants(len(batch["label"]), settings).items()
+        name: partial(jax_training, config, batch, dtype, variant)
+        for name, variant in our_variants(config, len(batch["label"]), settings).items()
     }
     for name, make in torch_variants(settings, training=True).items():
-        makers[name] = functools.partial(TorchTraining, config, batch, make)
+        makers[name] = partial(TorchTraining, config, batch, make, dtype)
     return makers
 
 
@@ -449,7 +497,7 @@ def compile_call(model: RViT, method: str, *arguments: Any) -> tuple[jax.stages.
 def compile_training(config: ConfigDict, batch: Batch) -> tuple[jax.stages.Compiled, Run]:
     """Our training step, compiled for this batch, and a call of it."""
     batch = jax.device_put(batch)
-    train_step, state = our_train_step(config)
+    train_step, state = our_train_step(config, "float32", layout_of(config, 1, 1))
     leaves, treedef = jax.tree.flatten(state)
 
     def update(leaves: list[jax.Array], batch: dict[str, jax.Array]) -> list[jax.Array]:

@@ -1,5 +1,7 @@
 """What `scripts/benchmark.py` measures: a function for each section, which yields its rows.
 
+The loader's section stands in `benchmark_loader.py`.
+
 A row is what one measurement adds to its section of benchmark.json; seconds, bytes and fractions.
 """
 
@@ -12,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,8 +33,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import input_pipeline
-from input_pipeline.cpus import num_cpus
 from rvit_jax import RViT
 from rvit_jax.profile import count_parts
 
@@ -317,32 +316,42 @@ def flops_per_frame(model: ConfigDict) -> dict[str, int]:
 
 
 def measure_training(config: ConfigDict, settings: Settings) -> Iterator[Row]:
-    """One optimizer step at B = 4, float32, with the config's dropout.
+    """One optimizer step at B = 4, with the config's dropout.
 
     Raises:
         ValueError: the contenders do not make the same step.
     """
-    if set(settings.dtypes) != {"float32"}:
-        note("training: in float32 alone, for the model has no mixed precision")
     batch = sides.make_batch(config, 4)
     errors = training_errors(config, batch)
     if settings.matmul_precision == "float32":
         for name, error in errors.items():
             _check_same(f"training step: its {name} and PyTorch's", error, TRAINING_BAR)
-    contenders, failed = build_all(sides.training(config, settings, batch))
+    for dtype in settings.dtypes:
+        yield training_row(config, settings, batch, dtype, errors)
+
+
+def training_row(
+    config: ConfigDict,
+    settings: Settings,
+    batch: sides.Batch,
+    dtype: str,
+    errors: dict[str, float],
+) -> Row:
+    """One dtype; `errors` of the float32 step without dropout."""
+    contenders, failed = build_all(sides.training(config, settings, batch, dtype))
     first = {contender.name: mean_loss(contender.result) for contender in contenders}
     for name, loss in first.items():
         error = abs(loss / first[OURS] - 1)
         _check_same(f"training step: first losses of {name} and ours", error, DROPOUT_BAR)
-    rounds = medians(measure(contenders, settings, "training, B = 4", seed=config.seed))
-    yield contenders_row(
+    rounds = medians(measure(contenders, settings, f"training, B = 4, {dtype}", seed=config.seed))
+    return contenders_row(
         contenders,
         failed,
         rounds,
         {name: {"first_loss": loss} for name, loss in first.items()},
         batch_size=batch["video"].shape[0],
         num_frames=batch["video"].shape[1],
-        dtype="float32",
+        dtype=dtype,
         relative_errors_without_dropout=errors,
     )
 
@@ -527,62 +536,10 @@ def process_memory(field: str) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-# ---------------------------------------------------------------------------------------- loader
-
-
-def measure_loader(config: ConfigDict, settings: Settings) -> Iterator[Row]:
-    """The input pipeline alone, on generated clips; their files stay in the system's cache.
-
-    Raises:
-        ImportError: a package that only the input pipeline needs is not installed.
-    """
-    from input_pipeline import gestures, loader  # noqa: F401 - Grain is missed before drawing
-
-    config = config.copy_and_resolve_references()
-    classes = gestures.TIME_CLASSES
-    counts = {"train": 16 if settings.quick else 128, "validation": 0, "test": 0}
-    with tempfile.TemporaryDirectory(prefix="rvit_benchmark_") as folder:
-        note(f"loader: drawing {counts['train']} clips")
-        gestures.generate(folder, classes=classes, **counts, num_workers=1, progress=False)
-        config.dataset.update(name="gestures", data_dir=folder, classes=classes, cache=False)
-        config.dataset.generate.update(**counts, seed=0)
-        config.batch_size = 4
-        for num_workers in (0, num_cpus()):
-            config.dataset.num_workers = num_workers
-            yield loader_row(config, settings)
-
-
-def loader_row(config: ConfigDict, settings: Settings) -> Row:
-    """Clips a second of one way to read, after a first round that starts the reading."""
-    batches = 2 if settings.quick else 8  # of one round
-    num_workers = config.dataset.num_workers
-    dataset = input_pipeline.get_dataset(config, "train")
-    rates = []
-    for index in progress(range(settings.rounds + 1), f"loader, {num_workers} worker processes"):
-        start = time.perf_counter()
-        for _ in range(batches):
-            next(dataset)
-        if index:
-            rates.append(config.batch_size * batches / (time.perf_counter() - start))
-    dataset.close()
-    first, median, third = np.percentile(rates, [25, 50, 75]).tolist()
-    return {
-        "num_workers": num_workers,
-        "batch_size": config.batch_size,
-        "num_frames": config.dataset.num_frames,
-        "image_size": config.model.image_size,
-        "median_clips_per_s": median,
-        "quartile_1_clips_per_s": first,
-        "quartile_3_clips_per_s": third,
-        "rounds": len(rates),
-    }
-
-
 SECTIONS: dict[str, Callable[[ConfigDict, Settings], Iterator[Row]]] = {
     "inference": measure_inference,
     "training": measure_training,
     "streaming": measure_streaming,
     "scaling": measure_scaling,
     "memory": measure_memory,
-    "loader": measure_loader,
 }

@@ -1,14 +1,17 @@
-"""Trains the same RViT in JAX and in PyTorch, seed by seed, and compares the two on the test split.
+"""Trains the same RViT in several ways, seed by seed, and compares them on the test split.
 
     python scripts/compare_training.py --config=configs/gestures.py [--seeds=3]
-        [--workdir=results/compare_training] [--config.KEY=VALUE ...]
+        [--contenders=jax,torch] [--workdir=results/compare_training] [--config.KEY=VALUE ...]
 
-Both start from the same weights (drawn by PyTorch), see the same batches in the same order and
-follow the same recipe: schedule, AdamW, gradient clipping, loss, dropout rates. Only the random
-numbers of dropout differ. The weights after the last step answer every test clip once; nothing is
-chosen by looking at an evaluation.
+Contenders: "jax", ours at the config's precision; "O0", "O1", "O2", ours at that one; "torch", the
+same network in PyTorch, float32. The last one is what the others are compared with.
 
-Every finished run is a file `WORKDIR/seed_SEED_FRAMEWORK.json` with its loss curve and its answer
+All start from the same weights (drawn by PyTorch), see the same batches in the same order and
+follow the same recipe: schedule, AdamW, gradient clipping, loss, dropout rates. Only PyTorch's
+random numbers of dropout differ. The weights after the last step answer every test clip once;
+nothing is chosen by looking at an evaluation.
+
+Every finished run is a file `WORKDIR/seed_SEED_CONTENDER.json` with its loss curve and its answer
 to every clip. Interrupted, the same command goes on with the runs that are missing. The table is
 kept in `WORKDIR/summary.json`.
 """
@@ -18,7 +21,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +38,13 @@ from tqdm import tqdm
 
 import input_pipeline
 from configs import base
-from rvit_jax import RViT, evaluate, losses, optimizer, steps
+from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
 from rvit_jax.checkpoint import write_json
-from rvit_jax.config import check_config
+from rvit_jax.config import check_config, suggest
 from weights_converter import mapping
 from weights_converter.torch_rvit import TorchRViT
 
-FRAMEWORKS = ("jax", "torch")
+CONTENDERS = ("jax", *precision.LEVELS, "torch")
 # Steps that are not timed: the first ones compile and warm up.
 UNTIMED_STEPS = 3
 # Keys that change how fast data come, not which.
@@ -50,11 +53,11 @@ FREE_KEYS = ("data_dir", "num_workers", "cache")
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one framework made of one seed.
+    """What one contender made of one seed.
 
     Attributes:
         seed: of weights, shuffling and dropout.
-        framework: one of `FRAMEWORKS`.
+        contender: one of `CONTENDERS`.
         losses: mean loss over the clips of every training batch, in nats.
         ids: of the test clips, in the split's order.
         right: whether each was answered rightly.
@@ -62,7 +65,7 @@ class Run:
     """
 
     seed: int
-    framework: str
+    contender: str
     losses: list[float]
     ids: list[str]
     right: list[bool]
@@ -75,7 +78,7 @@ class Run:
 
 
 def initial_oracle(config: ConfigDict) -> TorchRViT:
-    """The weights that both frameworks start from: a function of `config.seed` alone."""
+    """The weights that all start from: a function of `config.seed` alone."""
     torch.manual_seed(config.seed)
     return TorchRViT(config.model)
 
@@ -83,8 +86,10 @@ def initial_oracle(config: ConfigDict) -> TorchRViT:
 def initial_model(config: ConfigDict) -> RViT:
     """The same weights in our model."""
     weights = {name: t.numpy() for name, t in initial_oracle(config).state_dict().items()}
-    model = RViT(config.model, rngs=nnx.Rngs(config.seed))
-    mapping.load_into(model, mapping.to_flax(weights, config.model))
+    model = precision.make_model(config, rngs=nnx.Rngs(config.seed))
+    dtype = precision.param_dtype(config.opt_level)
+    flat = mapping.to_flax(weights, config.model)
+    mapping.load_into(model, {path: array.astype(dtype) for path, array in flat.items()})
     return model
 
 
@@ -104,7 +109,9 @@ def train_jax(
     config: ConfigDict, data: Any, schedule: optax.Schedule, num_steps: int
 ) -> tuple[steps.TrainState, nnx.GraphDef, list[float], float]:
     """Our own training step; returns the last state, its structure, losses, seconds per step."""
-    adamw = optimizer.make_optimizer(config.optimizer, schedule)
+    adamw = precision.make_optimizer_for(
+        config.opt_level, optimizer.make_optimizer(config.optimizer, schedule)
+    )
     graphdef, state = steps.create_train_state(initial_model(config), adamw)
     train_step = jax.jit(
         steps.make_train_step(
@@ -117,7 +124,7 @@ def train_jax(
         donate_argnums=0,
     )
     curve, seconds = [], []
-    for _, batch in batches(data, num_steps, f"seed {config.seed}, jax"):
+    for _, batch in batches(data, num_steps, f"seed {config.seed}, {config.opt_level}"):
         start = time.perf_counter()
         state, sums = train_step(state, evaluate.on_device(batch))
         curve.append(float(sums["loss"] / sums["clips"]))
@@ -126,9 +133,17 @@ def train_jax(
 
 
 def run_jax(
-    config: ConfigDict, train_data: Any, test_data: Any, schedule: optax.Schedule, num_steps: int
+    config: ConfigDict,
+    train_data: Any,
+    test_data: Any,
+    schedule: optax.Schedule,
+    num_steps: int,
+    contender: str,
 ) -> Run:
     """Trains and tests in JAX."""
+    if contender != "jax":
+        config = config.copy_and_resolve_references()
+        config.opt_level = contender
     state, graphdef, curve, step_s = train_jax(config, train_data, schedule, num_steps)
     eval_step = jax.jit(
         steps.make_eval_step(
@@ -141,10 +156,10 @@ def run_jax(
         state.fixed,
         test_data,
         num_classes=config.model.num_classes,
-        progress=f"seed {config.seed}, jax, test",
+        progress=f"seed {config.seed}, {contender}, test",
     )
     right = result.probabilities.argmax(axis=-1) == result.label
-    return Run(config.seed, "jax", curve, result.ids, right.tolist(), step_s)
+    return Run(config.seed, contender, curve, result.ids, right.tolist(), step_s)
 
 
 def oracle_logits(oracle: TorchRViT, batch: dict[str, np.ndarray], ragged: bool) -> torch.Tensor:
@@ -186,7 +201,12 @@ def train_torch(
 
 
 def run_torch(
-    config: ConfigDict, train_data: Any, test_data: Any, schedule: optax.Schedule, num_steps: int
+    config: ConfigDict,
+    train_data: Any,
+    test_data: Any,
+    schedule: optax.Schedule,
+    num_steps: int,
+    contender: str,
 ) -> Run:
     """Trains and tests in PyTorch."""
     oracle, curve, step_s = train_torch(config, train_data, schedule, num_steps)
@@ -199,35 +219,34 @@ def run_torch(
         mask = batch["mask"]
         ids.extend(batch["id"][mask].tolist())
         right.extend((logits.argmax(axis=-1) == batch["label"])[mask].tolist())
-    return Run(config.seed, "torch", curve, ids, right, step_s)
+    return Run(config.seed, contender, curve, ids, right, step_s)
 
 
-RUNNERS: dict[str, Callable[..., Run]] = {"jax": run_jax, "torch": run_torch}
-
-
-def compare(config: ConfigDict, num_seeds: int, workdir: Path) -> dict[str, Any]:
+def compare(
+    config: ConfigDict, contenders: Sequence[str], num_seeds: int, workdir: Path
+) -> dict[str, Any]:
     """Makes the runs that `workdir` lacks and returns the summary of all.
 
     Raises:
         ValueError: the recipe has a part that is compared in no framework but ours, the test split
             has no labels, or `workdir` holds runs of another config.
     """
-    check_comparable(config)
+    check_comparable(config, contenders)
     claim_workdir(config, workdir)
     runs = []
     for seed in range(config.seed, config.seed + num_seeds):
-        files = {name: workdir / f"seed_{seed}_{name}.json" for name in FRAMEWORKS}
-        missing = [name for name in FRAMEWORKS if not files[name].exists()]
+        files = {name: workdir / f"seed_{seed}_{name}.json" for name in contenders}
+        missing = [name for name in contenders if not files[name].exists()]
         if missing:
             make_runs(config, seed, {name: files[name] for name in missing})
-        runs.append({name: Run(**json.loads(files[name].read_text())) for name in FRAMEWORKS})
+        runs.append({name: Run(**json.loads(files[name].read_text())) for name in contenders})
     summary = summarise(runs)
     write_json(workdir / "summary.json", summary)
     return summary
 
 
 def make_runs(config: ConfigDict, seed: int, files: dict[str, Path]) -> None:
-    """One run per framework in `files`, written there; the frames decoded for one serve both."""
+    """One run per contender in `files`, written there; the frames decoded for one serve both."""
     config = config.copy_and_resolve_references()
     config.seed = seed
     train_data = input_pipeline.get_dataset(config, "train")
@@ -241,14 +260,20 @@ def make_runs(config: ConfigDict, seed: int, files: dict[str, Path]) -> None:
     for name, file in files.items():
         train_data.rewind()
         test_data.rewind()
-        run = RUNNERS[name](config, train_data, test_data, schedule, num_steps)
+        runner = run_torch if name == "torch" else run_jax
+        run = runner(config, train_data, test_data, schedule, num_steps, name)
         write_json(file, dataclasses.asdict(run))
     train_data.close()
     test_data.close()
 
 
-def check_comparable(config: ConfigDict) -> None:
-    """Raises ValueError where PyTorch's side has no such part."""
+def check_comparable(config: ConfigDict, contenders: Sequence[str]) -> None:
+    """Raises ValueError where there is no such contender, or PyTorch's side has no such part."""
+    for name in contenders:
+        if name not in CONTENDERS:
+            raise ValueError(f"--contenders: {name!r} is unknown{suggest(name, CONTENDERS)}")
+    if len(set(contenders)) != len(contenders) or len(contenders) < 2:
+        raise ValueError("--contenders: expected two or more different ones, as in jax,torch")
     if config.optimizer.name != "adamw":
         raise ValueError(
             f"config.optimizer.name={config.optimizer.name!r}: the comparison is of 'adamw'"
@@ -272,40 +297,51 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def summarise(runs: list[dict[str, Run]]) -> dict[str, Any]:
-    """Accuracies, differences (JAX minus PyTorch) and their standard errors; fractions.
+    """Accuracies, differences to the last contender and their standard errors; fractions.
 
     The error over seeds says how far the mean difference would move with other initial weights
     and orders; the one over clips, how far with other test clips, each clip's answers averaged
     over the seeds first. Generated clips come in pairs of one drawing, so for them the latter is a
     lower bound.
     """
-    ids = runs[0]["jax"].ids
-    if any(run.ids != ids for pair in runs for run in pair.values()):
+    *others, baseline = runs[0]
+    ids = runs[0][baseline].ids
+    if any(run.ids != ids for row in runs for run in row.values()):
         raise ValueError("the runs were tested on different clips: start in a new --workdir")
-    right = np.array([[pair[name].right for name in FRAMEWORKS] for pair in runs], float)
-    difference = right[:, 0] - right[:, 1]  # [seeds, clips]
-    per_seed, per_clip = difference.mean(axis=1), difference.mean(axis=0)
     return {
         "num_clips": len(ids),
+        "baseline": baseline,
         "seeds": [
             {
-                "seed": pair["jax"].seed,
-                **{f"top1_{name}": pair[name].top1 for name in FRAMEWORKS},
-                **{f"seconds_per_step_{name}": pair[name].seconds_per_step for name in FRAMEWORKS},
-                "difference": float(d),
-                "largest_relative_loss_difference": _loss_difference(pair),
+                "seed": row[baseline].seed,
+                "top1": {name: run.top1 for name, run in row.items()},
+                "seconds_per_step": {name: run.seconds_per_step for name, run in row.items()},
             }
-            for pair, d in zip(runs, per_seed, strict=True)
+            for row in runs
         ],
-        "mean_difference": float(per_seed.mean()),
-        "standard_error_over_seeds": _standard_error(per_seed),
-        "standard_error_over_clips": _standard_error(per_clip),
+        "differences": {name: _difference(runs, name, baseline) for name in others},
     }
 
 
-def _loss_difference(pair: dict[str, Run], num_steps: int = 10) -> float:
+def _difference(runs: list[dict[str, Run]], name: str, baseline: str) -> dict[str, Any]:
+    """`name` minus `baseline`."""
+    right = np.array([[row[name].right, row[baseline].right] for row in runs], float)
+    difference = right[:, 0] - right[:, 1]  # [seeds, clips]
+    per_seed, per_clip = difference.mean(axis=1), difference.mean(axis=0)
+    return {
+        "per_seed": per_seed.tolist(),
+        "mean": float(per_seed.mean()),
+        "standard_error_over_seeds": _standard_error(per_seed),
+        "standard_error_over_clips": _standard_error(per_clip),
+        "largest_relative_loss_difference": [
+            _loss_difference(row[name], row[baseline]) for row in runs
+        ],
+    }
+
+
+def _loss_difference(ours: Run, theirs: Run, num_steps: int = 10) -> float:
     """Over the first steps, before rounding has had time to grow."""
-    ours, theirs = (np.array(pair[name].losses[:num_steps]) for name in FRAMEWORKS)
+    ours, theirs = (np.array(run.losses[:num_steps]) for run in (ours, theirs))
     return float(np.max(np.abs(ours - theirs) / theirs))
 
 
@@ -320,21 +356,20 @@ def table(summary: dict[str, Any]) -> str:
     def points(value: float | None) -> str:
         return "unknown" if value is None else f"{100 * value:.2f}"
 
+    names = [*summary["differences"], summary["baseline"]]
     lines = [
-        f"top-1 on {summary['num_clips']} test clips, percent",
-        f"{'seed':>8} {'JAX':>8} {'PyTorch':>8} {'diff.':>8} {'JAX s/step':>11} {'PyTorch':>8}",
+        f"top-1 on {summary['num_clips']} test clips, percent (seconds per step)",
+        f"{'seed':>8}" + "".join(f"{name:>18}" for name in names),
     ]
-    lines += [
-        f"{row['seed']:>8} {100 * row['top1_jax']:>8.2f} {100 * row['top1_torch']:>8.2f} "
-        f"{100 * row['difference']:>+8.2f} {row['seconds_per_step_jax']:>11.4f} "
-        f"{row['seconds_per_step_torch']:>8.4f}"
-        for row in summary["seeds"]
-    ]
-    lines.append(
-        f"mean difference {100 * summary['mean_difference']:+.2f} points; standard error over "
-        f"seeds {points(summary['standard_error_over_seeds'])}, paired over clips "
-        f"{points(summary['standard_error_over_clips'])}"
-    )
+    for row in summary["seeds"]:
+        cells = (f"{100 * row['top1'][n]:.2f} ({row['seconds_per_step'][n]:.4f})" for n in names)
+        lines.append(f"{row['seed']:>8}" + "".join(f"{cell:>18}" for cell in cells))
+    for name, difference in summary["differences"].items():
+        lines.append(
+            f"{name} - {summary['baseline']}: mean {100 * difference['mean']:+.2f} points; "
+            f"standard error over seeds {points(difference['standard_error_over_seeds'])}, "
+            f"paired over clips {points(difference['standard_error_over_clips'])}"
+        )
     return "\n".join(lines)
 
 
@@ -342,7 +377,12 @@ def define_flags() -> None:
     """Not at import: absl's flags are one set for the whole process, tests included."""
     config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
     flags.DEFINE_integer(
-        "seeds", 3, "Runs per framework, with config.seed and those that follow it.", 1
+        "seeds", 3, "Runs per contender, with config.seed and those that follow it.", 1
+    )
+    flags.DEFINE_list(
+        "contenders",
+        ["jax", "torch"],
+        f"Out of {', '.join(CONTENDERS)}; the last one is what the others are compared with.",
     )
     flags.DEFINE_string("workdir", "results/compare_training", "Where the results are kept.")
     flags.mark_flag_as_required("config")
@@ -350,10 +390,11 @@ def define_flags() -> None:
 
 def main(_: list[str]) -> None:
     """Checks the config, compares, prints the table."""
-    config = flags.FLAGS.config
+    args = flags.FLAGS
+    config = args.config
     try:
         check_config(config, base.get_config())
-        print(table(compare(config, flags.FLAGS.seeds, Path(flags.FLAGS.workdir))))
+        print(table(compare(config, args.contenders, args.seeds, Path(args.workdir))))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -17,13 +17,15 @@ def test_summary_by_hand():
         {"jax": run(1, "jax", [1, 0, 0, 0]), "torch": run(1, "torch", [1, 1, 0, 1])},
     ]
     summary = compare_training.summarise(runs)
-    assert [s["top1_jax"] for s in summary["seeds"]] == [0.75, 0.25]
-    assert [s["difference"] for s in summary["seeds"]] == [0.25, -0.5]
-    assert summary["mean_difference"] == -0.125
+    assert [s["top1"]["jax"] for s in summary["seeds"]] == [0.75, 0.25]
+    assert summary["baseline"] == "torch"
+    difference = summary["differences"]["jax"]
+    assert difference["per_seed"] == [0.25, -0.5]
+    assert difference["mean"] == -0.125
     # Over seeds: deviations of 0.375 from the mean, so 0.375 * sqrt(2) / sqrt(2).
-    assert summary["standard_error_over_seeds"] == pytest.approx(0.375)
+    assert difference["standard_error_over_seeds"] == pytest.approx(0.375)
     # Over clips: means 0, -0.5, 0.5, -0.5 around -0.125; squares sum to 0.6875.
-    assert summary["standard_error_over_clips"] == pytest.approx((0.6875 / 3) ** 0.5 / 2)
+    assert difference["standard_error_over_clips"] == pytest.approx((0.6875 / 3) ** 0.5 / 2)
 
 
 def test_other_clips_are_refused():
@@ -46,4 +48,10 @@ def test_what_pytorchs_side_lacks_is_refused():
     config = base.get_config()
     config.optimizer.name = "sgd"
     with pytest.raises(ValueError, match="'adamw'"):
-        compare_training.check_comparable(config)
+        compare_training.check_comparable(config, ("jax", "torch"))
+
+
+@pytest.mark.parametrize("names", [("jax",), ("O1", "O1"), ("O1", "pytorch")])
+def test_contenders_that_make_no_comparison_are_refused(names):
+    with pytest.raises(ValueError, match="--contenders"):
+        compare_training.check_comparable(base.get_config(), names)

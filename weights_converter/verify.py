@@ -185,8 +185,9 @@ def _run_parts(model: rvit_jax.RViT, video: np.ndarray) -> dict[str, np.ndarray]
         positions = model.pos_embedding[...]
         parts, new_hidden = {"embedding": x[:, 1:]}, []
         for index, layer in enumerate(model.layers):
-            x, gate = layer(x + positions, hidden[index] + positions)
-            state = model.next_state(gate, hidden[index])
+            g = hidden[index] + positions
+            x, gate = layer(x + positions, g)
+            state = model.next_state(gate, hidden[index], g)
             parts[f"layers.{index}.state"], parts[f"layers.{index}.output"] = state, x
             new_hidden.append(state)
         return parts, jnp.stack(new_hidden), model.read_out(x[:, 0], jnp.stack(new_hidden))
