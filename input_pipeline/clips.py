@@ -38,6 +38,7 @@ class ClipOptions:
     frame_packing: str = "rgb"
     frame_order: str = "forward"
     resize: str = "squash"
+    decoder: str = "pillow"
     on_error: str = "fail"
     temporal_views: int = 1
     spatial_views: int = 1
@@ -61,6 +62,7 @@ class ClipOptions:
             frame_packing=dataset.frame_packing,
             frame_order=dataset.frame_order,
             resize=dataset.resize,
+            decoder=dataset.decoder,
             on_error=dataset.on_error,
             temporal_views=views.get("temporal", 1),
             spatial_views=views.get("spatial", 1),
@@ -78,6 +80,7 @@ class ClipOptions:
             ("frame_packing", FRAME_PACKINGS),
             ("frame_order", sampling.FRAME_ORDERS),
             ("resize", transforms.RESIZES),
+            ("decoder", transforms.DECODERS),
             ("on_error", ON_ERROR),
         ):
             if getattr(self, key) not in choices:
@@ -223,7 +226,11 @@ class ClipReader:
             centre = (spatial + 0.5) / options.spatial_views if place is None else place
             resize = functools.cache(
                 lambda row, centre=centre: transforms.resize_array(
-                    frames[row], options.image_size, options.resize, centre
+                    frames[row],
+                    options.image_size,
+                    options.resize,
+                    centre,
+                    decoder=options.decoder,
                 )
             )
             for temporal, indices in enumerate(chosen):

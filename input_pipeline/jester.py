@@ -97,6 +97,7 @@ class Split:
         labels: class index per clip, int32 [num_clips]; None where the CSV gives no labels.
         class_names: in index order.
         num_missing: 0; a clip without its folder is an error.
+        decoder: one of `transforms.DECODERS`.
     """
 
     name: str
@@ -105,11 +106,12 @@ class Split:
     labels: np.ndarray | None
     class_names: tuple[str, ...]
     num_missing: int = 0
+    decoder: str = "pillow"
 
     def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
         """Decodes frames of a clip; see `source.Source`."""
         files = frame_files(os.path.join(self.frames_dir, self.ids[index]))
-        decode = functools.cache(transforms.decode_image)
+        decode = functools.cache(functools.partial(transforms.decode_image, decoder=self.decoder))
         return [decode(files[frame]) for frame in choose(VideoInfo(len(files))).tolist()]
 
     def select(self, ids: Sequence[str]) -> Split:
@@ -135,7 +137,11 @@ class Row:
 
 
 def read_split(
-    data_dir: str | Path, split: str, classes: Sequence[str] = (), name: str = "jester"
+    data_dir: str | Path,
+    split: str,
+    classes: Sequence[str] = (),
+    name: str = "jester",
+    decoder: str = "pillow",
 ) -> Split:
     """Reads a split's CSV and finds the folder of every clip that it names.
 
@@ -153,6 +159,7 @@ def read_split(
         classes: names in index order; () means `CLASS_NAMES`. Each class that is named must have a
             clip in train; with (), those without one are only reported.
         name: what the config calls the data; only used in messages.
+        decoder: of the frames, one of `transforms.DECODERS`.
 
     Returns:
         The split; the frames are listed later, clip by clip.
@@ -186,6 +193,7 @@ def read_split(
         ids=ids,
         labels=np.array([index[row.label] for row in rows], np.int32) if labelled else None,
         class_names=class_names,
+        decoder=decoder,
     )
 
 
@@ -415,7 +423,10 @@ def check_coverage(
         logging.warning("%s has no clip of %s", csv_file, few(absent))
     left_out = sum(row.label not in class_names for row in rows)
     if left_out:
-        logging.info("%s: %d clips of other classes are left out", csv_file, left_out)
+        logging.warning(
+            "%s: %d of %d clips are of other classes than those asked for, and left out",
+            *(csv_file, left_out, len(rows)),
+        )
 
 
 def _find_frames_dir(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import hashlib
 import os
 import signal
@@ -19,12 +20,14 @@ from absl import flags
 
 from input_pipeline.clips import PADDING, Clip, ClipOptions, ClipReader
 from input_pipeline.cpus import num_cpus
-from input_pipeline.source import Source
+from input_pipeline.source import Source, VideoInfo
+from input_pipeline.watch import WatchedBatches, WorkerError
 
 Batch = dict[str, np.ndarray]
 _MOST_THREADS = 16
 _WORKER_BUFFER = 2  # batches that each worker process keeps ready
 _PARENT_CHECK_S = 0.5
+_SAMPLED_CLIPS = 32  # whose pictures stand for those of the whole split
 
 
 class ClipOrder:
@@ -136,6 +139,7 @@ class BatchIterator(Iterator[Batch]):
         process_index: int = 0,
         process_count: int = 1,
         num_workers: int = 0,
+        timeout_s: float = 0.0,
         cache: bool = False,
         with_frame_indices: bool = False,
     ):
@@ -149,6 +153,7 @@ class BatchIterator(Iterator[Batch]):
             process_index: which process this is.
             process_count: P; divides B.
             num_workers: worker processes that read, or 0 for threads of this one.
+            timeout_s: seconds that worker processes may take for a batch; 0: no limit.
             cache: keep decoded clips in memory; threads only.
             with_frame_indices: batches say which frames of the source their clips are.
 
@@ -179,7 +184,10 @@ class BatchIterator(Iterator[Batch]):
         self._reader = ClipReader(source, options, cache=cache)
         self._stack = functools.partial(stack_clips, with_frame_indices=with_frame_indices)
         self._num_workers = num_workers
+        self._timeout_s, self._endless = timeout_s, options.training
+        self._source = source
         self._fingerprint = _fingerprint(source, batch_size, options.seed)
+        self._pictures: dict[str, str] | None = None
         self._position = 0  # batches handed out since the start of the first epoch
         self._batches: grain.DatasetIterator | None = None
         self._error: Exception | None = None
@@ -215,7 +223,14 @@ class BatchIterator(Iterator[Batch]):
             self._stop()
             if isinstance(error, StopIteration):
                 error = RuntimeError(f"the {self.split} data ended at batch {self._position}")
-            elif isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error):
+            elif isinstance(error, WorkerError) and "no batch in" in str(error):
+                error = RuntimeError(
+                    f"the worker processes reading the {self.split} data hang: {error} See that "
+                    "the disk answers, or set dataset.timeout_s higher (0: no limit)"
+                )
+            elif isinstance(error, WorkerError) or (
+                isinstance(error, RuntimeError) and "terminated unexpectedly" in str(error)
+            ):
                 error = RuntimeError(
                     f"a worker process reading the {self.split} data died: {error} Exit code -9 "
                     "hints at too little memory, -7 at a full /dev/shm: set dataset.num_workers "
@@ -235,7 +250,7 @@ class BatchIterator(Iterator[Batch]):
         It counts the batches handed out, not those read ahead. With it goes what the order of the
         clips depends on.
         """
-        return {"position": self._position, **self._fingerprint}
+        return {"position": self._position, **self._fingerprint, "pictures": self._look_at_some()}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on from a position of `get_state`, after any number of processes or workers.
@@ -261,9 +276,35 @@ class BatchIterator(Iterator[Batch]):
                 f"the saved position {position} lies past the end of the {self.split} data: "
                 f"{self.steps_per_epoch} batches"
             )
+        self._check_pictures(state.get("pictures", {}))
         self._stop()
         self._position = position
         self._error = None
+
+    def _look_at_some(self) -> dict[str, str]:
+        """The checksums of the first frames of a few clips, spread over the split, by their ids.
+
+        A clip that cannot be read has none, so that it may be mended.
+        """
+        if self._pictures is None:
+            rows = np.linspace(0, self.num_clips - 1, min(_SAMPLED_CLIPS, self.num_clips))
+            found = (
+                (self._source.ids[row], _picture(self._source, row)) for row in rows.astype(int)
+            )
+            self._pictures = {clip_id: checksum for clip_id, checksum in found if checksum}
+        return self._pictures
+
+    def _check_pictures(self, saved: dict[str, str]) -> None:
+        """Raises ValueError where clips have other pictures than when a position was saved."""
+        here = self._look_at_some() if saved else {}
+        other = [name for name in saved if name in here and saved[name] != here[name]]
+        if other:
+            raise ValueError(
+                f"the {self.split} data has changed since the position was saved: the pictures of "
+                f"{len(other)} of {len(saved)} sampled clips, {other[0]!r} among them, are others, "
+                "or another version of Pillow or PyAV reads them otherwise; restore what was, or "
+                "start in a new workdir (config.init_from takes the weights along)"
+            )
 
     def rewind(self) -> None:
         """Goes back to the start, for another pass; cached clips stay in memory."""
@@ -289,17 +330,17 @@ class BatchIterator(Iterator[Batch]):
             return iter(clips.to_iter_dataset(read_options).batch(rows, batch_fn=self._stack))
         if not flags.FLAGS.is_parsed():  # outside absl's app.run; Grain reads its own flags here
             flags.FLAGS.mark_as_parsed()
+        _had_workers.set()
         # Each worker makes whole batches, every num_workers-th one: so their order stays.
         batches = clips.batch(rows, batch_fn=self._stack)
         read_options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        return iter(
-            batches.to_iter_dataset(read_options).mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=self._num_workers, per_worker_buffer_size=_WORKER_BUFFER
-                ),
-                worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
-            )
+        workers = batches.to_iter_dataset(read_options).mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=self._num_workers, per_worker_buffer_size=_WORKER_BUFFER
+            ),
+            worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
         )
+        return WatchedBatches(iter(workers), timeout_s=self._timeout_s, endless=self._endless)
 
     def _stop(self) -> None:
         if self._batches is not None:
@@ -310,12 +351,21 @@ class BatchIterator(Iterator[Batch]):
 
 # Leaving Python while worker processes are at work would end in pages of Grain's tracebacks.
 _reading: weakref.WeakSet[BatchIterator] = weakref.WeakSet()
+_had_workers = threading.Event()
 
 
 @atexit.register
 def _stop_reading() -> None:
     for batches in list(_reading):
         batches._stop()
+    if not _had_workers.is_set():
+        return
+    # What workers had read ahead is shared memory, held in cycles, and a thread of Grain's frees it
+    # one by one. Left to the end, Python's resource tracker would call it leaked.
+    gc.collect()
+    freeing = getattr(grain.multiprocessing.SharedMemoryArray, "_del_thread_pool", None)
+    if freeing is not None:
+        freeing.apply(int)  # its turn comes after all that waits
 
 
 def _end_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
@@ -350,6 +400,23 @@ def _fingerprint(source: Source, batch_size: int, seed: int) -> dict[str, Any]:
         "ids_sha256": _sha256("\n".join(source.ids)),
         "labels_sha256": _sha256(",".join(map(str, labels))),
     }
+
+
+def _picture(source: Source, row: int) -> str:
+    """The checksum of a clip's first frame and of how many there are; "" if it cannot be read."""
+    told: list[VideoInfo] = []
+
+    def first(info: VideoInfo) -> np.ndarray:
+        told.append(info)
+        return np.zeros(1, np.int64)
+
+    try:
+        frame = source.read(int(row), first)[0]
+    except Exception:  # the batch that it belongs to says so
+        return ""
+    content = hashlib.sha256(f"{told[0].num_frames} {frame.shape}".encode())
+    content.update(np.ascontiguousarray(frame).tobytes())
+    return content.hexdigest()[:16]
 
 
 def _sha256(text: str) -> str:

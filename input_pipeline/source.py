@@ -88,3 +88,8 @@ def few(names: Sequence[str], most: int = 5) -> str:
     """The first names, and how many there are if not all are named."""
     tail = f", ... ({len(names)} in all)" if len(names) > most else ""
     return ", ".join(names[:most]) + tail
+
+
+def printable(name: str) -> str:
+    """A file's name, the bytes in it that are no UTF-8 written as `\\xNN`: ids are text."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

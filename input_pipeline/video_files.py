@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import VIDEO_NAMES
-from input_pipeline.source import ChooseFrames, VideoInfo, few, rows_of
+from input_pipeline.source import ChooseFrames, VideoInfo, few, printable, rows_of
 from input_pipeline.video_frames import VideoIndex, read_frames, read_index
 
 NAMES = VIDEO_NAMES
@@ -318,7 +318,10 @@ def _check_coverage(
     wanted = set(class_names)
     left_out = sum(not wanted & set(row.labels) for row in listed.rows)
     if left_out and not listed.multi_label:
-        logging.info("%s: %d clips of other classes are left out", listed.file, left_out)
+        logging.warning(
+            "%s: %d of %d clips are of other classes than those asked for, and left out",
+            *(listed.file, left_out, len(listed.rows)),
+        )
 
 
 def _suggest(name: str, known: Sequence[str]) -> str:
@@ -490,10 +493,10 @@ def _read_folder(root: Path, split: str, annotations: _Annotations, listing: _Li
     rows = []
     found = _class_folders(folder)
     for name in found:
-        rows += _videos_of(folder / name, f"{name}/", (name,), listing)
+        rows += _videos_of(folder / name, f"{name}/", (printable(name),), listing)
     if not found and split == "test":
         rows = _videos_of(folder, "", None, listing)
-    return _Listed(str(folder), rows, tuple(classes))
+    return _Listed(str(folder), rows, tuple(map(printable, classes)))
 
 
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -519,7 +522,8 @@ def _videos_of(
         others = [name for name in names if not name.lower().endswith(VIDEO_SUFFIXES)]
         logging.warning("%s: no videos by their names, and left out: %s", folder, few(others))
     return [
-        _Row(str(folder / name), prefix + name, labels, ((str(folder), name),)) for name in videos
+        _Row(str(folder / name), printable(prefix + name), labels, ((str(folder), name),))
+        for name in videos
     ]
 
 

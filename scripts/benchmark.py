@@ -11,7 +11,8 @@ Sections (`--what`, or `--sections`; all by default):
     streaming   one frame at B = 1, from the host and back: p50 and p95; FLOPs of the compiled step
     scaling     ours over T, B and L, and training over T: exponents, XLA's memory, compiling
     memory      peak of a process of its own for each side, and of the GPU
-    loader      clips a second of the input pipeline, from JPEG files in a temporary folder
+    loader      clips a second from JPEG files, with a worker process per core: ours against a
+                DataLoader that does the reference's work; made-up clips in a temporary folder
 
 All contenders hold the same weights. Before anything is timed their logits are compared with ours
 in float32, and above 1e-3 of the largest one the run fails. Then they take turns, in an order that
@@ -25,8 +26,9 @@ written anew whenever a measurement is finished; an interrupted run leaves what 
 
 benchmark.json holds `environment`, `settings`, `config`, `seconds`, `left_out` (section -> missing
 package) and `sections`: name -> rows. Times are in seconds, memory in bytes, shares in 0 ... 1.
-Rows of the first three sections hold `contenders` (name -> median_s, quartiles, first_call_s, ...),
-`speedups` (ours -> theirs -> of_medians, paired_median, ...) and `failed` (name -> reason).
+Rows of the first three sections and of loader hold `contenders` (name -> median_s, quartiles,
+first_call_s, ...), `speedups` (ours -> theirs -> of_medians, paired_median, ...) and `failed` (name
+-> reason).
 """
 
 import contextlib
@@ -49,8 +51,10 @@ import jax
 import torch
 from absl import app, flags
 from benchmark_contenders import DTYPES, Settings, torch_device
+from benchmark_loader import measure_loader
 from benchmark_report import plot, table
-from benchmark_sections import SECTIONS, configure, note
+from benchmark_sections import SECTIONS as MODEL_SECTIONS
+from benchmark_sections import configure, note
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
@@ -58,6 +62,7 @@ from input_pipeline.cpus import num_cpus
 from rvit_jax.checkpoint import check_writable, write_json
 from rvit_jax.config import check_config, leaf_keys, suggest
 
+SECTIONS = {**MODEL_SECTIONS, "loader": measure_loader}
 DEFAULT_CONFIG = "configs/jester.py"
 QUICK_FRAMES = 12  # of a clip, with --quick
 

@@ -215,20 +215,16 @@ def _memory(rows: Sequence[Row]) -> list[str]:
 
 
 def _loader(rows: Sequence[Row]) -> list[str]:
-    header = ("{num_frames} frames of {image_size} x {image_size}".format(**rows[0]),)
-    header += ("clips/s", "quartiles")
-    body = []
-    for row in rows:
-        workers = row["num_workers"]
-        first, third = row["quartile_1_clips_per_s"], row["quartile_3_clips_per_s"]
-        body.append(
-            [
-                f"{workers} worker processes" if workers else "threads",
-                f"{row['median_clips_per_s']:.1f}",
-                f"{first:.1f}-{third:.1f}",
-            ]
-        )
-    return [_markdown(header, body)]
+    return _contenders(
+        rows,
+        "batch of {batch_size}, {num_workers} workers",
+        {
+            "clips/s": lambda f: f"{f['clips_per_s']:.1f}",
+            "pixels differ, mean (max)": lambda f: (
+                f"{f['mean_pixel_difference']:.2f} ({f['max_pixel_difference']:.0f})"
+            ),
+        },
+    )
 
 
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {

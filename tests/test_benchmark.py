@@ -9,7 +9,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from scripts import benchmark  # puts its own parts on the path
-from tests.jester_folder import CLASSES, labelled, make_set
 from tests.small import small_config
 
 import benchmark_contenders as sides  # isort: skip
@@ -251,17 +250,6 @@ def test_peak_memory(what, side, monkeypatch):
     assert figures["rss_before_bytes"] > 10e6
     row = {"what": what, "implementation": side, "batch_size": 2, "num_frames": 5, **figures}
     assert side in report.TABLES["memory"]([row])[0]
-
-
-def test_loader(tmp_path):
-    make_set(tmp_path, {"train": labelled(1, 8)})
-    config = tiny_config()
-    config.dataset.update(data_dir=str(tmp_path), classes=CLASSES, num_workers=0)
-    config.batch_size = 4
-    row = sections.loader_row(config, TINY)
-    assert row["rounds"] == 2
-    assert row["median_clips_per_s"] > 0
-    assert "threads" in report.TABLES["loader"]([row])[0]
 
 
 # ----------------------------------------------------------------------------- what goes wrong
