@@ -16,9 +16,14 @@ def get_config(variant: str | None = None) -> ConfigDict:
     if variant is not None:
         raise ValueError(f"configs/base.py has no variant {variant!r}")
     config = ConfigDict()
-    # A model to start from: a workdir, a checkpoint folder or a converted model; "": none. With a
-    # converted training checkpoint of PyTorch, the run goes on where PyTorch stopped.
+    # A model to start from: a workdir, a checkpoint folder, a converted model, or the weights of a
+    # plain ViT as FILE.safetensors (timm's or Hugging Face's names); "": none. Classes, frame size,
+    # patches and layers may be others; what was taken over is printed. With a converted training
+    # checkpoint of PyTorch of the same model, the run goes on where PyTorch stopped.
     config.init_from = ""
+    # "O0": float32 | "O1": bfloat16 tokens and matrix products, float32 parameters | "O2": bfloat16
+    # parameters too, with a float32 copy in the optimizer. State, sums and norms stay float32.
+    config.opt_level = "O0"
     config.seed = 8415  # of initial weights, shuffling and dropout; 0 to 2^32 - 1
 
     config.model = ConfigDict()
@@ -43,9 +48,16 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model.dropout_rate = 0.0  # on x + positions, at every layer of every frame
     config.model.block_dropout_rate = 0.1  # on the attention output, in the MLPs, in the mlp head
 
-    # What training keeps of each frame for the gradient: "none" drops nothing and computes nothing
-    # twice | "dots": the matrix products only | "frames": the state between frames only.
+    # What training keeps for the gradient; the rest is computed again. "none" drops nothing |
+    # "dots": matrix products and dropout's masks | "frames": the state between frames |
+    # "layers": that too, and of a frame one layer at a time.
     config.model.remat = "dots"
+    # The order in which a clip is computed: "frames": frame by frame through all layers | "layers":
+    # layer by layer over many frames | "auto": the faster one on this platform. The same numbers.
+    config.model.schedule = "auto"
+    # A longer clip is read in segments of so many frames: in training, the memory is that of one
+    # segment, and each is computed twice.
+    config.model.segment_frames = 36
 
     config.dataset = ConfigDict()
     # "jester": folders of frames | "jester_tfds": what scripts/prepare_jester.py made of them or of
@@ -70,6 +82,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # How frames become squares. "squash": the whole frame, whatever its shape (the reference) |
     # "short_side": its shape kept, the longer side cut: at random in training, else its middle.
     config.dataset.resize = "squash"
+    # Of JPEG frames (folders, TFDS). "pillow": pixel for pixel the reference's | "fast": OpenCV, in
+    # half the time; frames of Jester's size differ by 0.4 (clean) to 1.2 (grainy) of 255 in the
+    # mean. Belongs to the trained model. Video files have their own decoder: "pillow" alone.
+    config.dataset.decoder = "pillow"
     # A video with fewer than num_frames frames: "repeat_last" repeats its last frame (the
     # reference); "ragged" stops there: the model reads `num_frames` of each clip.
     config.dataset.short_clips = "repeat_last"
@@ -81,6 +97,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.dataset.frame_order = "forward"
     # Threads (0) or this many worker processes decode. Order and clips do not depend on it.
     config.dataset.num_workers = 0
+    # Seconds that worker processes may take for one batch, their start included; then the run stops
+    # with an error. 0: they are waited for without end.
+    config.dataset.timeout_s = 600.0
     # A clip that cannot be read: "fail" stops and names it | "skip" leaves it out (its row is
     # masked, later clips keep their place), warns, and counts it in every record.
     config.dataset.on_error = "fail"
@@ -129,10 +148,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.views.spatial = 1
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd"
+    config.optimizer.name = "adamw"  # "adamw" | "adam" | "sgd" | "lamb"
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.betas = (0.9, 0.999)  # of Adam; the first one is SGD's momentum
-    config.optimizer.weight_decay = 0.01  # decoupled (AdamW), on every parameter
+    config.optimizer.betas = (0.9, 0.999)  # of Adam and LAMB; the first one is SGD's momentum
+    config.optimizer.weight_decay = 0.01  # decoupled (AdamW, LAMB), on every parameter
     # "step": x step_factor every step_epochs, after a warm-up in powers of ten (the reference)
     # | "cosine": linear warm-up, then a half cosine to 0, per step | "constant".
     config.optimizer.schedule = "step"
@@ -141,14 +160,32 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.optimizer.step_factor = 0.8
     config.optimizer.clip_norm = 0.0  # clip gradients at this global norm; 0 = never
     config.optimizer.frozen = ()  # parameter paths, as patterns ("patch_embedding/*"), kept as is
+    # Each layer's updates are multiplied by this once more than those of the layer above: the
+    # head's by 1, the last layer's by it, the embeddings' by its power L + 1. 1 = off.
+    config.optimizer.layer_decay = 1.0
+    # A step's batch is processed in so many equal parts, one after the other, in the memory of one;
+    # the gradient is that of the whole. Divides batch_size.
+    config.optimizer.accumulation_steps = 1
 
     config.loss = ConfigDict()
     # "smoothed_cross_entropy" | "cross_entropy" | "binary_cross_entropy": each class for itself,
     # where a clip may have several.
     config.loss.name = "smoothed_cross_entropy"
-    config.loss.label_smoothing = 0.1  # probability spread evenly over all K classes
+    # Probability spread evenly over all K classes, by the smoothed loss; no other knows it.
+    config.loss.label_smoothing = 0.1
+
+    # An average of the parameters over the steps: ema = d ema + (1 - d) parameters, kept and
+    # evaluated beside them; 0 = none. It is loaded from the folder WORKDIR/checkpoints/STEP/ema.
+    config.ema_decay = 0.0
+    # A step whose loss or gradient is not finite changes nothing. "stop": the run ends with an
+    # error that names its clips | "skip": it goes on, and every record counts skipped_updates.
+    config.on_nonfinite = "stop"
 
     config.batch_size = 32  # B: clips of one step, over all devices
+    # The devices, of all processes: data x fsdp of them share each batch equally.
+    config.mesh = ConfigDict()
+    config.mesh.data = -1  # -1: all that fsdp leaves over
+    config.mesh.fsdp = 1  # large parameters and their optimizer state are cut in so many parts
     config.num_epochs = 1000
     config.evaluate_every_epochs = 1  # on the validation split
     config.test_after_training = False  # evaluate the best checkpoint on the (labelled) test split

@@ -2,20 +2,28 @@
 
     WORKDIR/model.json                    what the model is: config, class names, preprocessing
     WORKDIR/checkpoints/STEP/params/      the model's variables            (Orbax)
+    WORKDIR/checkpoints/STEP/ema/         the same, averaged over steps    (Orbax; with `ema_decay`)
     WORKDIR/checkpoints/STEP/optimizer/   optimizer state and step         (Orbax; not if converted)
     WORKDIR/checkpoints/STEP/data/        position in the training data    (JSON; not if converted)
-    WORKDIR/checkpoints/STEP/meta/model.json   model.json of that step, and its metrics
+    WORKDIR/checkpoints/STEP/meta/model.json   model.json of that step, its metrics, checksums
+    WORKDIR/damaged/STEP/                 a step that was found damaged when the run went on
 
-Orbax writes a step aside and renames it when it is whole. A checkpoint folder is complete in
-itself: it may be moved or copied.
+Orbax writes a step aside and renames it when it is whole and on the disk. `meta/model.json` holds
+the checksum of every array, of the data position and of itself: see `rvit_jax/seal.py`. A
+checkpoint folder is complete in itself: it may be moved or copied.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
+import logging as python_logging
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -27,8 +35,12 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from configs import base
 from input_pipeline.transforms import pack_channel_planes, resize_array
+from rvit_jax import precision, seal
 from rvit_jax.config import leaf_keys, lookup
-from rvit_jax.model import CompiledRViT, RViT, normalise
+from rvit_jax.files import exclusively, flush, flush_tree, written_aside
+from rvit_jax.layers import in_float32
+from rvit_jax.model import CompiledRViT, normalise
+from rvit_jax.seal import DamagedError
 from rvit_jax.steps import TrainState
 from rvit_jax.version import __version__
 
@@ -40,9 +52,16 @@ FREE_KEYS = (
     "checkpoint_every_steps",
     "keep_checkpoints",
     "test_after_training",
+    "optimizer.accumulation_steps",
+    "on_nonfinite",
+    "mesh.data",
+    "mesh.fsdp",
     "model.remat",
+    "model.schedule",
+    "model.segment_frames",
     "dataset.data_dir",
     "dataset.num_workers",
+    "dataset.timeout_s",
     "dataset.cache",
     "dataset.on_error",
     "views.temporal",
@@ -51,11 +70,14 @@ FREE_KEYS = (
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON aside, then renames: the file is never seen half written."""
+    """Writes JSON aside, then renames: the file is never seen half written.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_writable(workdir: Path) -> None:
@@ -95,6 +117,7 @@ PREPROCESSING_KEYS = (
     "frame_rate",
     "sampling",
     "resize",
+    "decoder",
     "short_clips",
     "frame_packing",
 )
@@ -126,31 +149,53 @@ def _rank(metrics: dict[str, Any] | None, step: int) -> tuple[float, int]:
     return (metrics.get("mean_average_precision", metrics.get("top1")), step)
 
 
+_T = TypeVar("_T")
+
+
 class Checkpoints:
-    """The checkpoints of one run; a context manager, since leaving finishes the last save.
+    """The checkpoints of one run, for this process alone; leaving finishes the last save.
 
     Args:
         workdir: of the run; made if absent.
         description: `describe_model` of the run.
         keep: how many of the latest stay; the best one always does.
+        agree: for several processes: takes what this one found wrong (None: nothing) and gives all
+            of them the same answer, what one of them found wrong.
 
     Raises:
         OSError: the folder cannot be written.
+        BlockingIOError: another run is at work in it.
     """
 
-    def __init__(self, workdir: Path, description: dict[str, Any], *, keep: int):
+    def __init__(
+        self,
+        workdir: Path,
+        description: dict[str, Any],
+        *,
+        keep: int,
+        agree: Callable[[str | None], str | None] = lambda problem: problem,
+    ):
         self.workdir = Path(workdir).absolute()
         self._description = description
+        self._agree = agree
         self._metrics: dict[int, dict[str, Any] | None] = {}  # of steps saved by this process
+        self._root = self.workdir / "checkpoints"
         self.workdir.mkdir(parents=True, exist_ok=True)
+        self._held = contextlib.ExitStack()
+        self._lock()
+        _keep_tracebacks_back()
+        # Orbax calls back before a step gets its name, and never flushes by itself.
+        flushing = ocp.AsyncOptions(post_finalization_callback=self._flush_unnamed)
         self._manager = ocp.CheckpointManager(
-            self.workdir / "checkpoints",
+            self._root,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_KeepLatestAndBest(keep, self._metrics_of),
                 cleanup_tmp_directories=True,
+                async_options=flushing,
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
+                "ema": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
                 "data": ocp.JsonCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(filename="model.json"),
@@ -160,8 +205,16 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            with self._saving():
+                self._manager.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            logging.warning("%s", error)  # what ended the block counts
+        finally:
+            self._held.close()
 
     def save(
         self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, Any] | None
@@ -169,74 +222,189 @@ class Checkpoints:
         """Saves in the background what a step needs to go on.
 
         A step that is there already gets the metrics that it lacked, and is left as it is.
+
+        Raises:
+            OSError: this save or the one before it failed.
         """
-        self._manager.check_for_errors()  # of the save before
+        self.check()
         step = int(state.step)
         meta = {**self._description, "step": step, "metrics": metrics}
         if step in self._manager.all_steps():
             if metrics is not None and self._metrics_of(step) is None:
                 self.wait()
-                write_json(_meta_file(self._folder(step)), meta)
+                there = _read_description(self._folder(step))
+                meta |= {key: there[key] for key in ("seal",) if key in there}
+                if jax.process_index() == 0:
+                    write_json(_meta_file(self._folder(step)), seal.with_own_seal(meta))
+                self._agree(None)  # when it is written
                 self._metrics[step] = metrics
             return
         self._metrics[step] = metrics
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(_variables(state)),
-                optimizer=ocp.args.StandardSave(_optimizer_item(state)),
-                data=ocp.args.JsonSave(data_position),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        arrays = _items(state)
+        meta = sealed(meta, arrays, data_position)
+        with self._saving():
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    data=ocp.args.JsonSave(data_position),
+                    meta=ocp.args.JsonSave(meta),
+                    **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
+                ),
+            )
         if not saved:
             raise RuntimeError(f"{self.workdir}: the checkpoint of step {step} was not written")
 
     def restore_latest(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The state and data position of the latest checkpoint; None when there is none.
+        """The state and data position of the latest whole checkpoint; None when there is none.
 
-        Writes `model.json` for the run that begins here or goes on.
+        Later ones that are damaged are moved to `WORKDIR/damaged`, with a warning that names the
+        cause. Writes `model.json` for the run that begins here or goes on.
 
         Args:
             state: of step 0, for shapes and types.
 
         Raises:
-            ValueError: the checkpoint belongs to another config.
+            ValueError: the checkpoint belongs to another config, or all are damaged.
+            OSError: they cannot be read for a reason that is not theirs.
         """
-        step = self._manager.latest_step()
-        if step is not None:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-            self._check_same_run(meta.meta, step)
+        metas, damaged = self._read_metas()
+        if metas:
+            self._check_same_run(metas[max(metas)], max(metas))
         # Only now: a config that is refused leaves no trace.
-        write_json(self.workdir / "model.json", self._description)
-        if step is None:
-            return None
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_shapes(_variables(state))),
-                optimizer=ocp.args.StandardRestore(_shapes(_optimizer_item(state))),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
-        state = with_variables(state, restored.params)
-        optimizer = restored.optimizer
-        state = state.replace(step=optimizer["step"], opt_state=optimizer["state"])
-        return state, restored.data
+        if jax.process_index() == 0:
+            write_json(self.workdir / "model.json", seal.with_own_seal(self._description))
+        template = _items(state)
+        for step in sorted(metas, reverse=True):
+            folder = self._folder(step)
+            restored, problem = self._try(lambda: _read_step(folder, metas[step], template))  # noqa: B023
+            if restored is not None and problem is None:
+                self._set_aside(damaged)
+                # Read now: later the first of several processes may just be deleting one.
+                self._metrics |= {number: meta.get("metrics") for number, meta in metas.items()}
+                return self._replace(state, restored)
+            damaged[folder] = problem
+        if damaged:
+            raise ValueError(
+                f"{self._root} holds no whole checkpoint: {'; '.join(damaged.values())}. They are "
+                "left as they are: bring one back from a copy, or start anew with another --workdir"
+            )
+        return None
+
+    def check(self) -> None:
+        """Raises OSError if a save in the background has failed."""
+        with self._saving():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        with self._saving():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+            flush(self._root)
 
     def _folder(self, step: int) -> Path:
-        return self.workdir / "checkpoints" / str(step)
+        return self._root / str(step)
+
+    def _lock(self) -> None:
+        """Keeps other runs out of the workdir; of several processes the first one does."""
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                self._held.enter_context(locked(self.workdir))
+            except OSError as error:
+                problem = str(error)
+        problem = self._agree(problem)
+        if problem is not None:
+            self._held.close()
+            raise BlockingIOError(problem)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Names what Orbax raises, of whatever kind, when it cannot write."""
+        try:
+            yield
+        except Exception as error:
+            whole = [
+                step for step in self._step_folders() if _meta_file(self._folder(step)).is_file()
+            ]
+            rest = f"that of step {max(whole)} is whole" if whole else "there is none yet"
+            raise OSError(
+                f"{self._root}: a checkpoint cannot be saved: {_first_line(error)}; {rest}. Make "
+                "room or mend the disk; then the same command goes on"
+            ) from error
+
+    def _flush_unnamed(self) -> None:
+        """Puts the step that Orbax has just written on the disk, before it gets its name."""
+        if jax.process_index() != 0:  # which gives it the name, and may do so meanwhile
+            return
+        for folder in self._root.glob("*.orbax-checkpoint-tmp*"):
+            flush_tree(folder)
+
+    def _step_folders(self) -> dict[int, Path]:
+        """All that Orbax takes for a step, whole or not, the latest first."""
+        folders = (f for f in self._root.iterdir() if f.is_dir() and f.name.isdecimal())
+        return {int(f.name): f for f in sorted(folders, key=lambda f: int(f.name), reverse=True)}
+
+    def _try(self, read: Callable[[], _T]) -> tuple[_T | None, str | None]:
+        """What `read` gives, or what all processes take to be wrong with it."""
+        content, problem = None, None
+        try:
+            content = read()
+        except (DamagedError, FileNotFoundError) as error:
+            problem = str(error)
+        return content, self._agree(problem)
+
+    def _read_metas(self) -> tuple[dict[int, dict[str, Any]], dict[Path, str]]:
+        """The description of each step, and of those that have none that can be used, the cause."""
+        metas, damaged = {}, {}
+        for step, folder in self._step_folders().items():
+            meta, problem = self._try(lambda: _read_step_description(folder))  # noqa: B023
+            if meta is None or problem is not None:
+                damaged[folder] = problem
+            else:
+                metas[step] = meta
+        return metas, damaged
+
+    def _set_aside(self, damaged: Mapping[Path, str]) -> None:
+        """Moves damaged steps out of the way, where Orbax would count them."""
+        if not damaged:
+            return
+        for folder, problem in damaged.items():
+            number, target = 1, self.workdir / "damaged" / folder.name
+            while target.exists():
+                number += 1
+                target = target.with_name(f"{folder.name}-{number}")
+            if jax.process_index() == 0:
+                target.parent.mkdir(exist_ok=True)
+                shutil.move(folder, target)
+            logging.warning(
+                "damaged checkpoint: %s; it is now %s, and an earlier one is used", problem, target
+            )
+        self._agree(None)  # when the first process has moved them
+        self._manager.reload()
+        self._metrics.clear()
+
+    def _replace(
+        self, state: TrainState, restored: dict[str, Any]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """`state` with what was read, where the arrays of `state` lie, and the data position."""
+        arrays = jax.tree.map(
+            _place, {name: restored[name] for name in _items(state)}, _items(state)
+        )
+        if state.ema is not None:
+            nnx.replace_by_pure_dict(state.ema, _select(arrays["ema"], nnx.to_pure_dict(state.ema)))
+        state = with_variables(state, arrays["params"])
+        optimizer = arrays["optimizer"]
+        state = state.replace(step=optimizer["step"], opt_state=optimizer["state"])
+        return state, restored["data"]
 
     def _metrics_of(self, step: int) -> dict[str, Any] | None:
         """A step's validation metrics: Orbax's own record of them does not outlive the process."""
         if step not in self._metrics:
-            file = _meta_file(self._folder(step))
-            self._metrics[step] = json.loads(file.read_text())["metrics"] if file.exists() else None
+            there = _meta_file(self._folder(step)).exists()
+            self._metrics[step] = (
+                _read_description(self._folder(step))["metrics"] if there else None
+            )
         return self._metrics[step]
 
     def _check_same_run(self, meta: dict[str, Any], step: int) -> None:
@@ -268,8 +436,146 @@ def _variables(state: TrainState) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.merge_state(state.params, state.fixed))
 
 
-def _optimizer_item(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "state": state.opt_state}
+def _items(state: TrainState) -> dict[str, Any]:
+    """The arrays of a checkpoint, by the folder that they lie in."""
+    items = {
+        "params": _variables(state),
+        "optimizer": {"step": state.step, "state": state.opt_state},
+    }
+    if state.ema is not None:
+        items["ema"] = _variables(state.replace(params=state.ema))
+    return items
+
+
+def sealed(
+    description: Mapping[str, Any], arrays: Mapping[str, Any], data_position: Any = None
+) -> dict[str, Any]:
+    """A checkpoint's `model.json`, with the checksums of what lies beside it and of itself.
+
+    Args:
+        description: see `describe_model`.
+        arrays: folder ("params", "optimizer", "ema") -> tree of arrays.
+        data_position: of a checkpoint of training.
+    """
+    sums: dict[str, Any] = {"arrays": {n: seal.seal_arrays(tree) for n, tree in arrays.items()}}
+    if data_position is not None:
+        sums["data"] = seal.seal_json(data_position)
+    return seal.with_own_seal({**description, "seal": sums})
+
+
+def read_arrays(folder: Path, item: str, template: Any, description: Mapping[str, Any]) -> Any:
+    """The arrays of a checkpoint's folder, as NumPy's, checked against their checksums.
+
+    Args:
+        folder: of the checkpoint.
+        item: "params", "optimizer" or "ema".
+        template: a tree of arrays with the same shapes and types.
+        description: the checkpoint's `model.json`; one without checksums is of an earlier version,
+            and nothing is checked.
+
+    Raises:
+        DamagedError: they cannot be read or are not what was saved.
+        ValueError: the program holds other arrays than the checkpoint.
+        OSError, MemoryError: they cannot be read for a reason that is not theirs.
+    """
+    sums = description.get("seal", {}).get("arrays", {}).get(item)
+    if sums is not None:
+        there, here = seal.kinds_of_seal(sums), seal.kinds(template)
+        if other := seal.differing(there, here):
+            raise ValueError(
+                f"{folder / item} was made by another version or config: {other[0]} is "
+                f"{there.get(other[0], 'not there')}, here {here.get(other[0], 'not there')} "
+                f"({len(other)} arrays differ)"
+            )
+    _ignore_late_readers()
+    # A number's bytes repeated: a template takes no memory.
+    like = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), template)
+    try:
+        handler = ocp.StandardCheckpointHandler()
+        arrays = handler.restore((folder / item).absolute(), args=ocp.args.StandardRestore(like))
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:  # Orbax raises many kinds, bare Exception among them
+        if any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")):
+            raise OSError(f"{folder / item} cannot be read: {_first_line(error)}") from error
+        raise DamagedError(f"{folder / item} cannot be read: {_first_line(error)}") from error
+    if sums is not None and (wrong := seal.differing(sums, seal.seal_arrays(arrays))):
+        raise DamagedError(
+            f"{folder / item}: {wrong[0]} is not what was saved, its checksum differs "
+            f"({len(wrong)} of {len(sums)} arrays)"
+        )
+    return arrays
+
+
+def _read_step_description(folder: Path) -> dict[str, Any]:
+    """`model.json` of a step of training, which knows its own number."""
+    description = _read_description(folder)
+    if folder.name != str(description.get("step")):
+        raise DamagedError(
+            f"{folder} is the checkpoint of step {description.get('step')} under another name"
+        )
+    return description
+
+
+def _read_step(
+    folder: Path, meta: Mapping[str, Any], template: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All of a step: its arrays by folder, and "data"."""
+    if "seal" not in meta:
+        logging.warning(
+            "%s has no checksums (an earlier version wrote it): damage would go unnoticed", folder
+        )
+    content = {name: read_arrays(folder, name, tree, meta) for name, tree in template.items()}
+    content["data"] = _read_json(folder / "data" / "metadata")
+    if "seal" in meta and seal.seal_json(content["data"]) != meta["seal"]["data"]:
+        raise DamagedError(f"{folder / 'data' / 'metadata'} is not what was saved")
+    return content
+
+
+def _place(value: np.ndarray, like: jax.Array) -> jax.Array:
+    """An array where `like` lies; its memory is its own, for a step may take it over."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda at: value[at].copy())
+
+
+@functools.cache
+def _ignore_late_readers() -> None:
+    """Once an array fails, those still being read report to an event loop that is gone.
+
+    Each of them would print a traceback, after the error that counts.
+    """
+    report = sys.unraisablehook
+
+    def hook(event: Any) -> None:
+        if "Event loop is closed" not in str(event.exc_value):
+            report(event)
+
+    sys.unraisablehook = hook
+
+
+def _keep_tracebacks_back() -> None:
+    """Of a failed save, Orbax and asyncio log a traceback per array; `_saving` says it once."""
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    logging.get_absl_logger().addFilter(_is_no_traceback_of_orbax)
+
+
+def _is_no_traceback_of_orbax(record: python_logging.LogRecord) -> bool:
+    return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line), repr(error))
+
+
+def check_free(workdir: Path) -> None:
+    """Raises BlockingIOError where another run is at work; a workdir that is new stays unmade."""
+    if jax.process_index() == 0 and (Path(workdir) / ".lock").exists():
+        with locked(Path(workdir)):
+            pass
+
+
+def locked(workdir: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps other runs out of a workdir, see `files.exclusively`."""
+    return exclusively(workdir, "is trained in")
 
 
 def _shapes(tree: Any) -> Any:
@@ -339,30 +645,36 @@ def load(path: str | os.PathLike) -> LoadedModel:
 
     Args:
         path: a workdir (its best checkpoint: highest validation top1, of equals the later; the
-            latest when none was evaluated), one checkpoint folder, or a converted model.
+            latest when none was evaluated), one checkpoint folder, or a converted model. Its
+            `params` are read; the moving average where its folder itself is named,
+            `.../STEP/ema`.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        DamagedError: it is not what was saved.
         ValueError: it cannot be read, or does not fit its own `model.json`.
     """
     folder = resolve_checkpoint(path)
     description = _read_description(folder)
     config = with_defaults(ConfigDict(description["config"]))
-    model = RViT(config.model, rngs=nnx.Rngs(0))
+    model = precision.make_model(config, rngs=nnx.Rngs(0))
     model.eval()
     state = nnx.state(model)
+    where, item = (folder.parent, "ema") if _is_ema(folder) else (folder, "params")
+    if item == "ema":
+        state = jax.tree.map(in_float32, state)
     template = _shapes(nnx.to_pure_dict(state))
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            variables = checkpointer.restore(folder.absolute() / "params", template)
-    except Exception as error:  # Orbax raises many kinds, bare Exception among them
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        variables = read_arrays(where, item, template, description)
+    except DamagedError as error:
+        if "seal" in description:
+            raise DamagedError(f"{error}; take another checkpoint with --checkpoint=") from error
         raise ValueError(
             f"{folder}: the checkpoint cannot be read, or its shapes are not those of its "
-            f"model.json: {first_line}"
+            f"model.json: {_first_line(error)}"
         ) from error
     nnx.replace_by_pure_dict(state, variables)
-    nnx.update(model, state)
+    nnx.update(model, jax.tree.map(in_float32, state))  # bfloat16 parameters too: the same numbers
     return LoadedModel(
         model=CompiledRViT(model),
         config=config,
@@ -395,7 +707,7 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         FileNotFoundError: there is none.
     """
     path = Path(path).expanduser()
-    if (path / "params").is_dir():
+    if (path / "params").is_dir() or _is_ema(path):
         return path
     steps_folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = [
@@ -413,18 +725,34 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
     return max(steps, key=lambda f: _rank(_read_description(f).get("metrics"), int(f.name)))
 
 
+def _is_ema(path: Path) -> bool:
+    """Whether `path` is the moving average's folder in a checkpoint."""
+    return path.name == "ema" and path.is_dir() and (path.parent / "params").is_dir()
+
+
 def _meta_file(folder: Path) -> Path:
     """`model.json` of a checkpoint of training."""
-    return folder / "meta" / "model.json"
+    return (folder.parent if _is_ema(folder) else folder) / "meta" / "model.json"
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except PermissionError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedError(f"{file} cannot be read: {error}") from error
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     for file in (_meta_file(folder), folder / "model.json"):
         if file.is_file():
-            try:
-                description = json.loads(file.read_text())
-            except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
+            description = _read_json(file)
+            if isinstance(description, dict) and not seal.is_intact(description):
+                raise DamagedError(
+                    f"{file} is not what was written, its checksum differs; if you changed it "
+                    'yourself, remove its line "sha256"'
+                )
             if not isinstance(description, dict) or description.get("format") != FORMAT:
                 raise ValueError(
                     f"{file} is not a model description of format {FORMAT}; it was made by another "

@@ -14,6 +14,7 @@ from typing import NoReturn
 from absl import flags, logging
 
 from configs import base
+from rvit_jax import distributed
 from rvit_jax.config import leaf_keys, suggest
 
 
@@ -29,11 +30,19 @@ class Stopped(BaseException):
 
     Attributes:
         signum: the signal's number.
+        by_all: every process of the run raises it, at the same place.
     """
 
-    def __init__(self, signum: int, what_is_left: str = "nothing is left half written"):
+    def __init__(
+        self,
+        signum: int,
+        what_is_left: str = "nothing is left half written",
+        *,
+        by_all: bool = False,
+    ):
         super().__init__(f"stopped by signal {signum:d}; {what_is_left}")
         self.signum = signum
+        self.by_all = by_all
 
 
 def parse(values: flags.FlagValues, argv: list[str], about: str) -> None:
@@ -109,12 +118,13 @@ def run(work: Callable[[list[str]], None], argv: list[str]) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        error = distributed.explain(error)
         # What our own checks raise speaks for itself; anything else is named.
         known = isinstance(error, ValueError | OSError | FloatingPointError)
         name = "" if known else f"{type(error).__name__}: "
         message = " ".join(f"{name}{error}".split())
         hint = "" if debug else " (--debug shows where)"
-        print(f"error: {message}{hint}", file=sys.stderr)
+        print(f"error: {distributed.who()}{message}{hint}", file=sys.stderr)
         return 1
     return 0
 
@@ -127,8 +137,9 @@ def start(main: Callable[[], int]) -> NoReturn:
 
     signal.signal(signal.SIGTERM, stop)
     status = main()
-    if status >= 128:
-        # Libraries that were cut off amid their work may crash the interpreter on its way out.
+    if status >= 128 or distributed.is_started():
+        # Libraries that were cut off amid their work may crash the interpreter on its way out; and
+        # of several processes one that failed would wait for the others.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

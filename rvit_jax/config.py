@@ -13,22 +13,26 @@ from rvit_jax.attention import ATTENTION_KINDS
 from rvit_jax.augment import check_options
 
 _CHOICES = {
+    "opt_level": ("O0", "O1", "O2"),
     "model.attention": ATTENTION_KINDS,
     "model.readout": ("class_token", "class_and_hidden_tokens"),
     "model.head": ("linear", "mlp"),
-    "model.remat": ("none", "dots", "frames"),
+    "model.remat": ("none", "dots", "frames", "layers"),
+    "model.schedule": ("auto", "frames", "layers"),
     "dataset.name": input_pipeline.NAMES,
     "dataset.sampling": ("head", "dense", "uniform", "random"),
     "dataset.resize": ("squash", "short_side"),
+    "dataset.decoder": ("pillow", "fast"),
     "dataset.on_error": ("fail", "skip"),
     "dataset.missing": ("fail", "skip"),
     "dataset.augment.mirror_classes": label_maps.MIRROR_RULES,
     "dataset.short_clips": ("repeat_last", "ragged"),
     "dataset.frame_packing": ("rgb", "channel_planes"),
     "dataset.frame_order": ("forward", "shuffled", "single"),
-    "optimizer.name": ("adamw", "adam", "sgd"),
+    "optimizer.name": ("adamw", "adam", "sgd", "lamb"),
     "optimizer.schedule": ("step", "cosine", "constant"),
     "loss.name": ("smoothed_cross_entropy", "cross_entropy", "binary_cross_entropy"),
+    "on_nonfinite": ("stop", "skip"),
 }
 # Least and greatest value, both allowed; None: no limit.
 _RANGES = {
@@ -40,12 +44,14 @@ _RANGES = {
     "model.num_heads": (1, None),
     "model.mlp_dim": (1, None),
     "model.num_classes": (2, None),
+    "model.segment_frames": (1, None),
     "model.dropout_rate": (0.0, 0.99),
     "model.block_dropout_rate": (0.0, 0.99),
     "dataset.num_frames": (1, None),
     "dataset.frame_stride": (1, None),
     "dataset.frame_rate": (0.01, 1e4),
     "dataset.num_workers": (0, None),
+    "dataset.timeout_s": (0.0, None),
     "dataset.augment.time_reversal": (0.0, 1.0),
     "dataset.generate.train": (0, None),
     "dataset.generate.validation": (0, None),
@@ -59,8 +65,13 @@ _RANGES = {
     "optimizer.step_epochs": (1, None),
     "optimizer.step_factor": (0.0, None),
     "optimizer.clip_norm": (0.0, None),
+    "optimizer.layer_decay": (0.0, 1.0),
+    "optimizer.accumulation_steps": (1, None),
+    "ema_decay": (0.0, 0.999999),
     "loss.label_smoothing": (0.0, 1.0),
     "batch_size": (1, None),
+    "mesh.data": (-1, None),
+    "mesh.fsdp": (1, None),
     "num_epochs": (1, None),
     "evaluate_every_epochs": (1, None),
     "checkpoint_every_steps": (0, None),
@@ -146,10 +157,14 @@ def check_config(config: ConfigDict, reference: ConfigDict, *, training: bool = 
             )
     _check_values(config)
     _check_dataset(config)
+    if config.mesh.data == 0:
+        raise ValueError("config.mesh.data=0: -1 takes all devices, 1 or more as many")
     if training:
         check_model_config(config.model)
         _check_classes(config)
         _check_warmup(config)
+        _check_accumulation(config)
+        _check_label_smoothing(config, reference)
         check_options(config)
     if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
         raise ValueError(f"config.optimizer.betas={config.optimizer.betas}: two numbers in [0, 1)")
@@ -189,6 +204,28 @@ def _check_warmup(config: ConfigDict) -> None:
         raise ValueError(
             f"config.optimizer.warmup_epochs={warmup} must be below "
             f"config.num_epochs={config.num_epochs}"
+        )
+
+
+def _check_accumulation(config: ConfigDict) -> None:
+    size, parts = config.batch_size, config.optimizer.accumulation_steps
+    if size % parts:
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - parts))
+        raise ValueError(
+            f"config.optimizer.accumulation_steps={parts} does not divide "
+            f"config.batch_size={size}: the parts are equal; the nearest number that does is "
+            f"{nearest}"
+        )
+
+
+def _check_label_smoothing(config: ConfigDict, reference: ConfigDict) -> None:
+    smoothing, name = config.loss.label_smoothing, config.loss.name
+    ignored = name != "smoothed_cross_entropy"
+    if ignored and smoothing not in (0, reference.loss.label_smoothing):
+        raise ValueError(
+            f"config.loss.label_smoothing={smoothing} has no effect with config.loss.name={name!r}"
+            ": leave it out, or take 'smoothed_cross_entropy'"
         )
 
 

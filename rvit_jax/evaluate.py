@@ -24,14 +24,13 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
-from rvit_jax import anytime, checkpoint, losses, steps
+from rvit_jax import anytime, checkpoint, distributed, losses, sharding, steps
 from rvit_jax.config import suggest
 from rvit_jax.files import written_aside
 from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
 EvalStep = Callable[[nnx.State, nnx.State, steps.Batch], tuple[Array, Array]]
-# What the compiled steps take of a batch; ids stay on the host.
-DEVICE_KEYS = ("video", "label", "num_frames", "mask")
+HOST_KEYS = ("label", "num_frames", "mask", "id")  # of a batch: what its results need
 WORST_CLIPS = 12  # that the report shows
 
 
@@ -87,8 +86,8 @@ class SplitResult:
 
 
 def on_device(batch: dict[str, Any]) -> steps.Batch:
-    """The arrays of a batch, sent to the device."""
-    return jax.device_put({key: batch[key] for key in DEVICE_KEYS})
+    """The arrays of a batch, sent to the device; see `sharding.Layout.send` for several."""
+    return jax.device_put({key: batch[key] for key in sharding.DEVICE_KEYS})
 
 
 def evaluate_split(
@@ -103,6 +102,7 @@ def evaluate_split(
     num_worst: int = 0,
     progress: str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    send: Callable[[dict[str, Any]], steps.Batch] = on_device,
 ) -> SplitResult | None:
     """Runs a model over one pass of a data set.
 
@@ -117,10 +117,12 @@ def evaluate_split(
         label_index: [classes of the data set] -> the model's class index; the same by default.
         num_worst: clips to keep for `SplitResult.worst`.
         progress: text before the progress bar; none without.
-        should_stop: asked before each batch.
+        should_stop: asked before each batch; of several processes all must be told the same.
+        send: puts a batch on the devices. Of several processes each has some rows of it, and
+            `eval_step` gives the logits of all.
 
     Returns:
-        The result, or None when it was stopped.
+        The result, of all processes on each; None when it was stopped.
 
     Raises:
         ValueError: logits that are not finite.
@@ -130,7 +132,7 @@ def evaluate_split(
         total=dataset.num_clips,
         desc=progress,
         unit="clip",
-        disable=progress is None,
+        disable=progress is None or not distributed.is_first(),
         leave=False,
         mininterval=0.5 if sys.stderr.isatty() else 30.0,
     )
@@ -140,7 +142,8 @@ def evaluate_split(
                 return None
             if label_index is not None and dataset.has_labels:
                 batch = {**batch, "label": _reindex(batch, label_index, num_classes)}
-            logits, loss = (np.asarray(x) for x in eval_step(params, fixed, on_device(batch)))
+            logits, loss = (np.asarray(x) for x in eval_step(params, fixed, send(batch)))
+            batch = {**batch, **distributed.gather_rows({key: batch[key] for key in HOST_KEYS})}
             if multi_label and label_index is not None:
                 # What is left out of the data set is not known to be absent.
                 loss = _mean_loss(logits[:, label_index], batch["label"][:, label_index])
@@ -174,10 +177,13 @@ class _Results:
         self._probabilities: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._answers: list[anytime.Answers] = []
-        self._worst: list[Clip] = []
+        self._worst: list[tuple[int, Clip]] = []  # and the clip's number in the split
 
     def add(self, batch: dict[str, Any], logits: np.ndarray, loss: np.ndarray) -> None:
-        """Takes a batch; its logits are [B, K], or [B, T, K] after every frame."""
+        """Takes a batch; its logits are [B, K], or [B, T, K] after every frame.
+
+        Of several processes each has the videos of its own rows alone.
+        """
         mask, num_frames = batch["mask"], batch["num_frames"]
         self._num_skipped += count_skipped(batch)
         if not mask.any():
@@ -195,21 +201,27 @@ class _Results:
                 self._answers.append(answers)
         to_probabilities = jax.nn.sigmoid if self._multi_label else jax.nn.softmax
         probabilities = np.asarray(to_probabilities(logits[mask]))
+        if self._num_worst:
+            first = distributed.process_index() * len(batch["video"])
+            clips = [
+                (
+                    number,
+                    Clip(str(batch["id"][row]), _first_view(batch, row, first), answer, int(k)),
+                )
+                for number, (row, answer, k) in enumerate(
+                    zip(np.flatnonzero(mask).tolist(), probabilities, label, strict=True),
+                    start=len(self._ids),
+                )
+                if 0 <= row - first < len(batch["video"])
+            ]
+            # Copied, or a clip that is kept would keep its batch.
+            self._worst = [
+                (number, dataclasses.replace(clip, video=clip.video.copy()))
+                for number, clip in _take_worst([*self._worst, *clips], self._num_worst)
+            ]
         self._ids.extend(batch["id"][mask].tolist())
         self._probabilities.append(probabilities)
         self._labels.append(label)
-        if self._num_worst:
-            clips = [
-                Clip(str(batch["id"][row]), _first_view(batch, row), answer, int(k))
-                for row, answer, k in zip(
-                    np.flatnonzero(mask).tolist(), probabilities, label, strict=True
-                )
-            ]
-            worst = heapq.nlargest(
-                self._num_worst, [*self._worst, *clips], key=lambda clip: clip.doubt
-            )
-            # Copied, or a clip that is kept would keep its batch.
-            self._worst = [dataclasses.replace(c, video=c.video.copy()) for c in worst]
 
     def result(self) -> SplitResult:
         """All of it.
@@ -231,7 +243,9 @@ class _Results:
             confusion=self._metrics.confusion if labelled and not self._multi_label else None,
             num_skipped=self._num_skipped,
             answers=anytime.Answers.concatenate(self._answers) if self._answers else None,
-            worst=tuple(self._worst),
+            worst=tuple(
+                clip for _, clip in _take_worst(_gather_clips(self._worst), self._num_worst)
+            ),
         )
 
 
@@ -240,9 +254,34 @@ def count_skipped(batch: dict[str, Any]) -> int:
     return int((~batch["mask"] & (batch["id"] != "")).sum())
 
 
-def _first_view(batch: dict[str, Any], row: int) -> np.ndarray:
-    """A clip's real frames, uint8 [num_frames, H, W, 3]; of several views the first."""
-    video, num_frames = batch["video"][row], batch["num_frames"][row]
+def _take_worst(clips: list[tuple[int, Clip]], most: int) -> list[tuple[int, Clip]]:
+    """The worst first; of equals the one that comes first in the split."""
+    return heapq.nsmallest(most, clips, key=lambda pair: (-pair[1].doubt, pair[0]))
+
+
+def _gather_clips(clips: list[tuple[int, Clip]]) -> list[tuple[int, Clip]]:
+    """Those of all processes."""
+    arrays: dict[str, np.ndarray] = {}
+    for index, (number, clip) in enumerate(clips):
+        for field, value in {"number": number, **vars(clip)}.items():
+            arrays[f"{index}/{field}"] = np.asarray(value)
+    gathered = []
+    for part in distributed.gather_arrays(arrays):
+        for index in range(len(part) // 5):
+            number, clip_id, video, probabilities, label = (
+                part[f"{index}/{field}"]
+                for field in ("number", "id", "video", "probabilities", "label")
+            )
+            gathered.append((int(number), Clip(str(clip_id), video, probabilities, int(label))))
+    return gathered
+
+
+def _first_view(batch: dict[str, Any], row: int, first: int) -> np.ndarray:
+    """A clip's real frames, uint8 [num_frames, H, W, 3]; of several views the first.
+
+    `first` is the row of the first video that is here.
+    """
+    video, num_frames = batch["video"][row - first], batch["num_frames"][row]
     if video.ndim == 5:
         video, num_frames = video[0], num_frames[0]
     return video[:num_frames]
@@ -297,7 +336,9 @@ def evaluate(
     checkpoint.check_writable(Path(workdir) / "evaluation")
     loaded = checkpoint.load(checkpoint_path)
     config = use_checkpoint_config(config, loaded.config, overrides)
-    dataset = input_pipeline.get_dataset(config, split, training=False)
+    layout = sharding.make_layout(config)
+    parts = distributed.part_of_batches()
+    dataset = input_pipeline.get_dataset(config, split, training=False, **parts)
     module = loaded.model.module
     graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
     loss_per_clip = losses.make_loss(config.loss)
@@ -318,9 +359,9 @@ def evaluate(
     else:
         eval_step = steps.make_anytime_step(graphdef, loss_per_clip)
     result = evaluate_split(
-        jax.jit(eval_step),
-        params,
-        fixed,
+        layout.compile_whole(eval_step),
+        layout.place(params, whole=True),
+        layout.place(fixed, whole=True),
         dataset,
         num_classes=len(loaded.class_names),
         label_index=(
@@ -329,6 +370,7 @@ def evaluate(
         multi_label=multi_label,
         num_worst=0 if multi_label else WORST_CLIPS,
         progress=f"evaluating {split}",
+        send=layout.send,
     )
     dataset.close()
     record = make_record(result, split, config, loaded.path, loaded.step)
@@ -339,8 +381,9 @@ def evaluate(
         record["expected_calibration_error"] = measured["by_fraction"][
             "expected_calibration_error"
         ][-1]
-    write_results(workdir, record, result, measured, loaded.class_names)
-    report.write_report(workdir, record, result, measured, config, loaded)
+    if distributed.is_first():
+        write_results(workdir, record, result, measured, loaded.class_names)
+        report.write_report(workdir, record, result, measured, config, loaded)
     return record
 
 

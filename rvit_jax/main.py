@@ -2,6 +2,10 @@
 
 Flags, checks and dispatch. Exit status: 0 done; 1 the work failed; 2 wrong arguments; 128 + n after
 signal n, with the state saved.
+
+Several processes train or evaluate one model: the same command for each, with
+--coordinator_address, --num_processes and --process_id. Under srun and mpirun they find each other
+by themselves. The workdir is one folder that all of them see. A signal to one stops them all.
 """
 
 import sys
@@ -11,7 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import base
-from rvit_jax.command import ArgumentError, check_config_arguments, parse, run, start
+from rvit_jax import distributed
+from rvit_jax.command import ArgumentError, Stopped, check_config_arguments, parse, run, start
 from rvit_jax.config import check_config
 
 MODES = ("train", "evaluate", "visualize")
@@ -66,7 +71,36 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_bool("debug", False, "Show tracebacks and the libraries' log.", flag_values=values)
+    _define_process_flags(values)
     return values
+
+
+def _define_process_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of process 0 of a run of several processes; all of them reach it there. It "
+        "listens at JAX_COORDINATOR_BIND_ADDRESS, where that is set.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_processes", None, "How many processes the run has.", flag_values=values
+    )
+    flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed",
+        None,
+        "Ask the cluster for these three (SLURM, Open MPI, Kubernetes, TPU pods). By default it is "
+        "asked under srun and mpirun with several tasks; --nodistributed: each task is a run.",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "start_timeout",
+        300.0,
+        "Seconds to wait for the other processes.",
+        lower_bound=1.0,
+        flag_values=values,
+    )
 
 
 def _check(values: flags.FlagValues) -> None:
@@ -103,19 +137,50 @@ def _workdir(values: flags.FlagValues) -> Path:
     return Path("results") / "_".join(filter(None, (Path(file).stem, variant)))
 
 
+def _rendezvous(values: flags.FlagValues) -> distributed.Rendezvous | None:
+    try:
+        rendezvous = distributed.find_rendezvous(
+            coordinator_address=values.coordinator_address,
+            num_processes=values.num_processes,
+            process_id=values.process_id,
+            detect=values.distributed,
+        )
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    if rendezvous is not None and values.mode == "visualize":
+        raise ArgumentError("--mode=visualize draws in one process: start it once, without srun")
+    return rendezvous
+
+
 def _work(argv: list[str]) -> None:
     check_config_arguments(argv)
     values = define_flags(argv)
     parse(values, argv, __doc__)
     _check(values)
-    query = _query(values.query)
+    query, rendezvous = _query(values.query), _rendezvous(values)
+    if rendezvous is None:
+        _dispatch(values, query)
+        return
+    distributed.start(rendezvous, values.start_timeout)
+    try:
+        with distributed.only_first_speaks():
+            _dispatch(values, query)
+    except Stopped as stop:
+        if stop.by_all:
+            distributed.finish()
+        raise
+    distributed.finish()
+
+
+def _dispatch(values: flags.FlagValues, query: tuple[int, int] | None) -> None:
     import jax  # takes a second, which wrong arguments need not wait for
 
     from rvit_jax import evaluate, train
 
     config, workdir = values.config, _workdir(values)
-    devices = jax.devices()
-    print(f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind} ({workdir})")
+    devices, processes = jax.devices(), jax.process_count()
+    together = f" in {processes} processes" if processes > 1 else ""
+    print(f"jax {jax.__version__}: {len(devices)} x {devices[0].device_kind}{together} ({workdir})")
     if values.mode == "train":
         train.train_and_evaluate(config, workdir)
         return

@@ -45,10 +45,13 @@ def path_string(path: tuple) -> str:
 
 
 def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The chain: clip, precondition, decay, learning rate; frozen parameters get no update.
+    """The chain: clip, precondition, decay, learning rate, layer decay; frozen parameters get none.
 
     AdamW decays every parameter, biases and tokens too, decoupled from the gradient, as
     `torch.optim.AdamW` does; for "adam" and "sgd" the decay is part of the gradient, as in theirs.
+    LAMB (arXiv:1904.00962) is AdamW whose update of each tensor has the length of the tensor,
+    before the learning rate: for large batches. The clip is of the gradient as it comes, frozen
+    parameters' included.
 
     Raises:
         ValueError: on `init`, a pattern of `config.frozen` that matches no parameter.
@@ -57,8 +60,9 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     if config.clip_norm:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
     first, second = config.betas
-    if config.name == "adamw":
-        chain.append(optax.adamw(schedule, first, second, weight_decay=config.weight_decay))
+    if config.name in ("adamw", "lamb"):
+        make = {"adamw": optax.adamw, "lamb": optax.lamb}[config.name]
+        chain.append(make(schedule, first, second, weight_decay=config.weight_decay))
     else:
         if config.weight_decay:
             chain.append(optax.add_decayed_weights(config.weight_decay))
@@ -67,14 +71,65 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
         else:
             chain.append(optax.sgd(schedule, momentum=first or None))
     optimizer = optax.chain(*chain)
-    if not config.frozen:
-        return optimizer
+    if config.frozen:
 
-    def label(params: nnx.State):
-        return _label_frozen(params, tuple(config.frozen))
+        def label(params: nnx.State):
+            return _label_frozen(params, tuple(config.frozen))
 
-    parts = {"trained": optimizer, "frozen": optax.set_to_zero()}
-    return optax.multi_transform(parts, label)
+        parts = {"trained": optimizer, "frozen": optax.set_to_zero()}
+        optimizer = optax.multi_transform(parts, label)
+    if config.layer_decay != 1.0:
+        optimizer = optax.chain(optimizer, _decay_by_layer(config.layer_decay))
+    return optimizer
+
+
+def layer_depth(path: str, num_layers: int) -> int:
+    """How many layers lie above a parameter: the power of `config.optimizer.layer_decay`.
+
+    | parameter | depth |
+    |---|---|
+    | `head/*` | 0 |
+    | `layers/l/*`, l = 0 is the lowest | L - l |
+    | `patch_embedding/*`, `class_token`, `pos_embedding`, `hidden_class_token` | L + 1 |
+
+    The table is BEiT's (arXiv:2106.08254), with the state's first token among the embeddings: it
+    too is what the layers begin with.
+    """
+    top, *rest = path.split("/")
+    if top == "head":
+        return 0
+    return num_layers - int(rest[0]) if top == "layers" else num_layers + 1
+
+
+def _decay_by_layer(rate: float) -> optax.GradientTransformation:
+    """Multiplies each parameter's update, weight decay included, by `rate ** layer_depth`."""
+
+    def scale(updates: nnx.State, params: nnx.State) -> nnx.State:
+        del params
+        paths = [path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]]
+        num_layers = 1 + max(
+            (int(path.split("/")[1]) for path in paths if path.startswith("layers/")), default=-1
+        )
+        return jax.tree_util.tree_map_with_path(
+            lambda path, update: update * rate ** layer_depth(path_string(path), num_layers),
+            updates,
+        )
+
+    return optax.stateless(scale)
+
+
+def updates_made(opt_state: optax.OptState) -> int:
+    """How many updates the learning rate's schedule has seen; refused ones do not count."""
+    counts = [
+        node.count
+        for node in jax.tree.leaves(opt_state, is_leaf=_is_schedule)
+        if _is_schedule(node)
+    ]
+    return int(counts[0])
+
+
+def _is_schedule(node: object) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
 
 
 def _label_frozen(params: nnx.State, patterns: tuple[str, ...]):

@@ -10,9 +10,12 @@ from flax import nnx, struct
 from jaxtyping import Array
 
 from rvit_jax.augment import Augment
+from rvit_jax.layers import in_float32
 from rvit_jax.model import RViT
 
 Batch = dict[str, Array]  # video [B,T,H,W,3], label [B], num_frames [B], mask [B]
+# (params, fixed, batch, key) -> ((loss, right), gradient), see `make_gradient`
+Gradient = Callable[[nnx.State, nnx.State, Batch, Array], tuple[tuple[Array, Array], nnx.State]]
 
 
 @struct.dataclass
@@ -24,22 +27,38 @@ class TrainState:
         params: what is trained.
         fixed: the model's other variables (unused re-attention parameters).
         opt_state: the optimizer's.
+        halted: an update was refused and no other is made; never saved, see `make_train_step`.
+        ema: the moving average of `params`; None without one.
     """
 
     step: Array
     params: nnx.State
     fixed: nnx.State
     opt_state: optax.OptState
+    halted: Array
+    ema: nnx.State | None = None
 
 
 def create_train_state(
-    model: RViT, optimizer: optax.GradientTransformation
+    model: RViT, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> tuple[nnx.GraphDef, TrainState]:
-    """Splits a model into its structure, in training mode, and the state of step 0."""
+    """Splits a model into its structure, in training mode, and the state of step 0.
+
+    With `ema` the state holds a moving average too. It begins as a copy of the parameters, so
+    that it needs no correction for a beginning at zero.
+    """
     model.train()
     graphdef, params, fixed = nnx.split(model, nnx.Param, ...)
-    opt_state = optimizer.init(params)
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), params, fixed, opt_state)
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        fixed=fixed,
+        opt_state=optimizer.init(params),
+        halted=jnp.zeros((), bool),
+        # In float32: the steps of an average are small.
+        ema=jax.tree.map(lambda x: jnp.copy(in_float32(x)), params) if ema else None,
+    )
+    return graphdef, state
 
 
 def make_train_step(
@@ -50,10 +69,19 @@ def make_train_step(
     seed: int,
     ragged: bool,
     augment: Augment | None = None,
+    accumulation_steps: int = 1,
+    ema_decay: float = 0.0,
+    halt: bool = True,
+    spread: Callable[[Gradient], Gradient] = lambda gradient: gradient,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The function (state, batch) -> (state, sums over the batch's real clips).
 
-    Dropout is a function of `seed` and the step alone, so that a resumed run draws the same.
+    An update whose loss or gradient is not finite is refused: parameters, optimizer and average
+    stay as they were, and `step` goes on. With `halt` all later ones are refused too, so that who
+    looks at the sums much later still finds the parameters from before.
+
+    Dropout is a function of `seed` and the step alone, so that a resumed run draws the same; with
+    accumulation each part draws with a key of its own, the step's folded with the part's number.
 
     Args:
         graphdef: from `create_train_state`.
@@ -61,36 +89,100 @@ def make_train_step(
         loss_per_clip: see `rvit_jax.losses`.
         seed: of the dropout.
         ragged: clips differ in `num_frames`; False spares the masking of each frame.
-        augment: changes the batch's clips and labels, see `rvit_jax.augment`.
+        augment: changes the batch's clips and labels, see `rvit_jax.augment`. It sees the whole
+            batch: partners of mixup and cutmix come from any part.
+        accumulation_steps: equal parts that a batch is processed in, see `make_gradient`.
+        ema_decay: of the state's average, in [0, 1); 0: the state has none.
+        halt: refuse every update after the first one that is refused.
+        spread: makes of the gradient's function that of many devices, see `sharding.Layout.spread`.
     """
+    gradient = spread(
+        make_gradient(graphdef, loss_per_clip, ragged=ragged, accumulation_steps=accumulation_steps)
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        mask = batch["mask"].astype(jnp.float32)
-        num_clips = mask.sum()
-        video, label = batch["video"], batch["label"]
         if augment is not None:
-            video, label = augment(key, video, label, batch["mask"], batch["num_frames"])
-
-        def mean_loss(params: nnx.State) -> tuple[Array, Array]:
-            model = nnx.merge(graphdef, params, state.fixed)
-            num_frames = batch["num_frames"] if ragged else None
-            logits, _ = model(video, num_frames=num_frames, rngs=key)
-            losses = loss_per_clip(logits, label)
-            return (losses * mask).sum() / jnp.maximum(num_clips, 1.0), logits
-
-        (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+            video, label = augment(
+                key, batch["video"], batch["label"], batch["mask"], batch["num_frames"]
+            )
+            batch = {**batch, "video": video, "label": label}
+        (loss, right), grads = gradient(state.params, state.fixed, batch, key)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        if ema_decay:
+            new = new.replace(ema=optax.incremental_update(new.params, state.ema, 1.0 - ema_decay))
+        applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
+        new = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new, state)
+        num_clips = batch["mask"].astype(jnp.float32).sum()
         sums = {
             "clips": num_clips,
             "loss": loss * num_clips,
-            "right": (_is_right(logits, label) * mask).sum(),
-            "grad_norm": optax.tree.norm(grads),
+            "right": right,
+            "grad_norm": grad_norm,
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), sums
+        return new.replace(step=state.step + 1, halted=~applied if halt else state.halted), sums
 
     return train_step
+
+
+def make_gradient(
+    graphdef: nnx.GraphDef,
+    loss_per_clip: Callable[[Array, Array], Array],
+    *,
+    ragged: bool,
+    accumulation_steps: int = 1,
+) -> Gradient:
+    """The function (params, fixed, batch, key) -> ((loss, right), gradient).
+
+    Loss and gradient are those of the mean over the real clips of the whole batch, also where
+    `accumulation_steps` parts of it are processed one after the other, in the memory of one: each
+    part adds its clips' share of the one mean. `right` counts right answers.
+
+    Part p holds the rows p, p + n, p + 2n, ... of n parts: rows that lie together on a device stay
+    there, and padding, which is at the batch's end, is spread over the parts.
+    """
+
+    def of_part(
+        params: nnx.State, fixed: nnx.State, part: Batch, num_clips: Array, key: Array
+    ) -> tuple[tuple[Array, Array], nnx.State]:
+        mask = part["mask"].astype(jnp.float32)
+
+        def mean_loss(params: nnx.State) -> tuple[Array, Array]:
+            model = nnx.merge(graphdef, params, fixed)
+            num_frames = part["num_frames"] if ragged else None
+            logits, _ = model(part["video"], num_frames=num_frames, rngs=key)
+            losses = loss_per_clip(logits, part["label"])
+            return (losses * mask).sum() / jnp.maximum(num_clips, 1.0), logits
+
+        (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
+        return (loss, (_is_right(logits, part["label"]) * mask).sum()), grads
+
+    def gradient(
+        params: nnx.State, fixed: nnx.State, batch: Batch, key: Array
+    ) -> tuple[tuple[Array, Array], nnx.State]:
+        # In float32 whatever the parameters' type, so that frames' gradients are summed so.
+        params = jax.tree.map(in_float32, params)
+        num_clips = batch["mask"].astype(jnp.float32).sum()
+        if accumulation_steps == 1:
+            return of_part(params, fixed, batch, num_clips, key)
+
+        def split(rows: Array) -> Array:
+            return jnp.moveaxis(rows.reshape(-1, accumulation_steps, *rows.shape[1:]), 1, 0)
+
+        def add_part(total, inputs):
+            index, part = inputs
+            one = of_part(params, fixed, part, num_clips, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, one), None
+
+        parts = (jnp.arange(accumulation_steps), jax.tree.map(split, batch))
+        first = jax.tree.map(lambda x: x[0], parts[1])
+        like = jax.eval_shape(of_part, params, fixed, first, num_clips, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.scan(add_part, zeros, parts)[0]
+
+    return gradient
 
 
 def _is_right(logits: Array, label: Array) -> Array:

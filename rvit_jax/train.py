@@ -4,46 +4,81 @@ batch -> train step -> ... -> validation -> metrics.jsonl, TensorBoard -> checkp
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
-from rvit_jax import checkpoint, evaluate, losses, optimizer, steps
+from rvit_jax import (
+    checkpoint,
+    diagnose,
+    distributed,
+    evaluate,
+    losses,
+    optimizer,
+    precision,
+    sharding,
+    steps,
+)
 from rvit_jax.augment import make_augment
 from rvit_jax.command import Stopped
+from rvit_jax.files import cannot_be_written, flush, written_aside
 from rvit_jax.initialise import initialise
-from rvit_jax.model import RViT
 
 # Seconds between two looks at the device's sums: each look waits for the device.
 LOOK_EVERY_S = 2.0
-TRAINING_SUMS = "training_sums"  # beside the data position in a checkpoint
+# Beside the data position in a checkpoint.
+TRAINING_SUMS = "training_sums"
+VALIDATION_DATA = "validation_data"
+MOST_REFUSED_IN_A_ROW = 20  # updates; then `on_nonfinite="skip"` stops too
 
 
 class Interrupted(Stopped):
     """A signal asked the run to stop; its state is saved."""
 
     def __init__(self, signum: int):
-        super().__init__(signum, "the state is saved, and the same command goes on")
+        super().__init__(signum, "the state is saved, and the same command goes on", by_all=True)
 
 
 class _StopRequest:
-    """Set by the first SIGINT or SIGTERM; the second one ends the process at once."""
+    """Set by the first SIGINT or SIGTERM; the second one ends the process at once.
+
+    Of several processes all are set before the same step, whichever gets the signal: JAX hears
+    SIGTERM and tells the others.
+    """
 
     def __init__(self):
         self.signum: int | None = None
+        self._several = jax.process_count() > 1
+        self._next = 0  # step to ask JAX about
+
+    def look(self, step: int) -> None:
+        """Asks whether to stop before `step`; of several processes each does, at every step."""
+        if not self._several:
+            return
+        # JAX sets the stop one step after the furthest of the processes and answers to that number
+        # alone: a signal from before the first step of a resumed run would be lost.
+        stops = [
+            multihost_utils.reached_preemption_sync_point(number)
+            for number in range(self._next, step + 1)
+        ]
+        self._next = step + 1
+        if any(stops):
+            self.signum = signal.SIGTERM
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -55,9 +90,18 @@ class _StopRequest:
         # Not `print`, which may have been interrupted by the signal itself.
         os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
+    def _pass_on(self, signum: int, _frame) -> None:
+        """Of several processes the others must hear of it: a Ctrl-C becomes a SIGTERM."""
+        signal.signal(signum, lambda *_: os._exit(128 + signum))
+        os.write(2, b"\nall processes stop after this step; once more to leave at once\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
     @contextlib.contextmanager
     def listen(self) -> Iterator["_StopRequest"]:
-        before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle}
+        if self._several:  # SIGTERM is JAX's
+            handlers = {signal.SIGINT: self._pass_on}
+        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         try:
             yield self
         finally:
@@ -83,34 +127,80 @@ class Records:
         if not self._path.exists():
             return None
         records = []
-        for line in self._path.read_text().splitlines():
+        for line in self._path.read_text(errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                record = json.loads(line)
+                records.append((int(record["step"]), record))
+            except (ValueError, KeyError, TypeError):
                 # Written in part, by a kill or on a full disk; its evaluation is made again.
                 logging.warning("%s: dropping a damaged line: %.60s", self._path, line)
-        records = [record for record in records if record["step"] <= step]
-        aside = self._path.with_name(f".{self._path.name}.tmp")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(aside, self._path)
-        return records[-1] if records and records[-1]["step"] == step else None
+        kept = [record for of_step, record in records if of_step <= step]
+        if len(kept) < len(records):
+            logging.warning(
+                "%s: %d evaluations after step %d are made again",
+                self._path,
+                len(records) - len(kept),
+                step,
+            )
+        with written_aside(self._path) as aside:
+            aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        return kept[-1] if kept and kept[-1]["step"] == step else None
 
     def write(self, record: dict[str, Any], training: dict[str, float]) -> None:
-        """Appends an evaluation, with `training`'s means since the one before."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({**record, "training": training}) + "\n")
+        """Appends an evaluation, with `training`'s means since the one before.
+
+        Raises:
+            OSError: it cannot be written; the message names the file.
+        """
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({**record, "training": training}) + "\n")
+            flush(self._path)
+        except OSError as error:
+            raise cannot_be_written(self._path, error) from error
         scalars = {
             f"validation/{key}": record[key]
-            for key in ("top1", "top5", "mean_average_precision", "loss")
+            for key in (
+                *("top1", "top5", "mean_average_precision", "loss"),
+                *("ema_top1", "ema_mean_average_precision", "ema_loss"),
+            )
             if key in record
         }
         scalars.update({f"train/{key}": value for key, value in training.items()})
-        self._writer.write_scalars(record["step"], scalars)
-        self._writer.flush()
+        with self._named():
+            self._writer.write_scalars(record["step"], scalars)
+            self._writer.flush()
 
     def close(self) -> None:
         """Finishes TensorBoard's files."""
-        self._writer.close()
+        with self._named():
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Names the files that TensorFlow's errors, of its own kinds, leave unnamed."""
+        try:
+            yield
+        except Exception as error:
+            files = self._path.with_name("events.out.tfevents.*")
+            raise OSError(f"{files} cannot be written: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Refused:
+    """A step whose update was refused: its loss or gradient is not finite.
+
+    Attributes:
+        step: its number, from 1.
+        ids: of its clips.
+        loss: mean over them, nats.
+        grad_norm: of the whole gradient.
+    """
+
+    step: int
+    ids: list[str]
+    loss: float
+    grad_norm: float
 
 
 class _TrainingSums:
@@ -121,23 +211,43 @@ class _TrainingSums:
             same records.
     """
 
-    def __init__(self):
-        self._pending: list[dict[str, jax.Array]] = []
+    def __init__(self, allowed: int, explain: Callable[[list[_Refused], steps.TrainState], str]):
+        """Begins with nothing.
+
+        Args:
+            allowed: updates in a row that may be refused.
+            explain: what to say of more, given the state after them.
+        """
+        self._allowed, self._explain = allowed, explain
+        self._pending: list[dict[str, Any]] = []
+        self._refused: list[_Refused] = []  # in a row
+        self._state: steps.TrainState | None = None
         self._looked = time.monotonic()
         self.reset()
 
     def reset(self) -> None:
         """Starts anew, after an evaluation."""
-        self.total = {"clips": 0.0, "loss": 0.0, "right": 0.0, "skipped": 0.0}
+        self.total = {"clips": 0.0, "loss": 0.0, "right": 0.0, "skipped": 0.0, "refused": 0.0}
 
-    def add(self, sums: dict[str, jax.Array], skipped: int) -> bool:
+    def add(
+        self,
+        step: int,
+        state: steps.TrainState,
+        sums: dict[str, jax.Array],
+        batch: dict[str, Any],
+        skipped: int | jax.Array,
+    ) -> bool:
         """Takes a step's sums; True when it was time to look and they were fetched.
 
         Args:
+            step: its number, from 1.
+            state: after it.
             sums: see `steps.make_train_step`.
-            skipped: clips of its batch that could not be read.
+            batch: that it was given.
+            skipped: clips of it that could not be read, over all processes.
         """
-        self._pending.append({**sums, "skipped": skipped})
+        self._state = state
+        self._pending.append({**sums, "skipped": skipped, "step": step, "ids": batch["id"]})
         if time.monotonic() - self._looked < LOOK_EVERY_S:
             return False
         self.fetch()
@@ -147,32 +257,42 @@ class _TrainingSums:
         """Waits for the device and checks the losses.
 
         Raises:
-            FloatingPointError: a loss or a gradient is not finite.
+            FloatingPointError: more updates in a row were refused than may be.
         """
         for sums in jax.device_get(self._pending):
+            self.total["skipped"] += float(sums["skipped"])
             if not (math.isfinite(sums["loss"]) and math.isfinite(sums["grad_norm"])):
-                raise FloatingPointError(
-                    "the training loss or its gradient is not finite: lower "
-                    "config.optimizer.learning_rate or set config.optimizer.clip_norm; the last "
-                    "checkpoint is from before"
-                )
-            for key in self.total:
+                self.total["refused"] += 1
+                ids = [str(clip_id) for clip_id in sums["ids"] if clip_id]
+                loss = float(sums["loss"] / max(sums["clips"], 1.0))
+                self._refused.append(_Refused(sums["step"], ids, loss, float(sums["grad_norm"])))
+                continue
+            if len(self._refused) <= self._allowed:
+                self._refused.clear()
+            for key in ("clips", "loss", "right"):
                 self.total[key] += float(sums[key])
         self._pending.clear()
+        if len(self._refused) > self._allowed:
+            raise FloatingPointError(self._explain(self._refused, self._state))
         self._looked = time.monotonic()
 
     def means(self) -> dict[str, float]:
-        """Loss and top1 over the clips trained on since `reset`, and how many could not be read.
+        """Loss and top1 over the clips trained on since `reset`, and what was left out.
 
-        Empty where no clip was trained on.
+        Clips that could not be read, and updates that were refused. Empty where no clip was
+        trained on; of refused updates alone, no loss and top1.
         """
         clips = self.total["clips"]
+        left_out = {
+            "skipped_clips": int(self.total["skipped"]),
+            "skipped_updates": int(self.total["refused"]),
+        }
         if not clips:
-            return {}
+            return left_out if self.total["refused"] else {}
         return {
             "loss": self.total["loss"] / clips,
             "top1": self.total["right"] / clips,
-            "skipped_clips": int(self.total["skipped"]),
+            **left_out,
         }
 
 
@@ -188,24 +308,33 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         Interrupted: SIGINT or SIGTERM came; the state is saved and the same command goes on.
         ValueError: config, data or checkpoint do not fit together.
         FileNotFoundError: data is missing.
-        OSError: the workdir cannot be written.
-        FloatingPointError: a loss is not finite.
+        OSError: the workdir cannot be written, or another run is at work in it.
+        FloatingPointError: a loss or its gradient is not finite, see `config.on_nonfinite`.
     """
     checkpoint.check_writable(workdir)  # before the data, which may have to be drawn
+    if distributed.is_first():  # it holds the workdir for all
+        checkpoint.check_free(workdir)
+    layout = sharding.make_layout(config)
+    sharding.check_accumulation(config, layout)
     if config.test_after_training:
         _check_test_split(config)
-    train_data = input_pipeline.get_dataset(config, "train")
+    parts = distributed.part_of_batches()
+    train_data = input_pipeline.get_dataset(config, "train", **parts)
     _check_labels(config, train_data)
-    validation_data = input_pipeline.get_dataset(config, "validation")
-    run = _Run(config, workdir, train_data, validation_data)
+    validation_data = input_pipeline.get_dataset(config, "validation", **parts)
+    run = _Run(config, workdir, layout, train_data, validation_data)
     description = checkpoint.describe_model(config, train_data.class_names)
+    distributed.check_same("config or data", [description, train_data.get_state()])
     with (
-        checkpoint.Checkpoints(workdir, description, keep=config.keep_checkpoints) as checkpoints,
+        checkpoint.Checkpoints(
+            workdir, description, keep=config.keep_checkpoints, agree=distributed.agree
+        ) as checkpoints,
         _StopRequest().listen() as stop,
     ):
         run.train(checkpoints, stop)
     train_data.close()
     validation_data.close()
+    distributed.wait("trained")  # the last checkpoint has its name
     if config.test_after_training:
         record = evaluate.evaluate(config, workdir, "test", workdir)
         print(f"test: {_percentages(record)}, checkpoint of step {record['step']}")
@@ -240,44 +369,63 @@ def _check_test_split(config: ConfigDict) -> None:
 class _Run:
     """A training run: what stays the same from step to step."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, train_data, validation_data):
-        self.config, self.workdir = config, Path(workdir)
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        layout: sharding.Layout,
+        train_data,
+        validation_data,
+    ):
+        self.config, self.workdir, self.layout = config, Path(workdir), layout
         self.train_data, self.validation_data = train_data, validation_data
         self.steps_per_epoch = train_data.steps_per_epoch
         self.total_steps = config.num_epochs * self.steps_per_epoch
         schedule = optimizer.learning_rate_schedule(
             config.optimizer, self.steps_per_epoch, config.num_epochs
         )
-        model = RViT(config.model, rngs=nnx.Rngs(config.seed))
-        transformation = optimizer.make_optimizer(config.optimizer, schedule)
-        graphdef, self.initial_state = steps.create_train_state(model, transformation)
+        model = precision.make_model(config, rngs=nnx.Rngs(config.seed))
+        transformation = precision.make_optimizer_for(
+            config.opt_level, optimizer.make_optimizer(config.optimizer, schedule)
+        )
+        graphdef, self.initial_state = steps.create_train_state(
+            model, transformation, ema=config.ema_decay > 0
+        )
         loss_per_clip = losses.make_loss(config.loss)
         ragged = evaluate.is_ragged(config)
+        self.graphdef, self.augment = graphdef, make_augment(config, train_data.class_names)
         train_step = steps.make_train_step(
             graphdef,
             transformation,
             loss_per_clip,
             seed=config.seed,
             ragged=ragged,
-            augment=make_augment(config, train_data.class_names),
+            augment=self.augment,
+            accumulation_steps=config.optimizer.accumulation_steps,
+            ema_decay=config.ema_decay,
+            halt=config.on_nonfinite == "stop",
+            spread=layout.spread,
         )
-        self.train_step = jax.jit(train_step, donate_argnums=0)
+        self.train_step = layout.compile_step(train_step)
         eval_step = steps.make_eval_step(
             graphdef, loss_per_clip, ragged=ragged, multi_label=validation_data.multi_label
         )
-        self.eval_step = jax.jit(eval_step)
+        self.eval_step = layout.compile_whole(eval_step)
         self.schedule = schedule
 
     def train(self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest) -> None:
         """The loop; see `train_and_evaluate`."""
-        state, step = self.initial_state, 0
-        sums = _TrainingSums()
+        state, step = self.layout.place(self.initial_state), 0
+        allowed = MOST_REFUSED_IN_A_ROW if self.config.on_nonfinite == "skip" else 0
+        sums = _TrainingSums(allowed, self._explain)
         restored = checkpoints.restore_latest(state)
         if restored is None and self.config.init_from:
-            state, step = self._start_from_another(state)
+            state, step = self._start_from_another(self.initial_state)
         elif restored is not None:
             state, position = restored
             sums.total |= position.pop(TRAINING_SUMS, {})
+            if VALIDATION_DATA in position:  # not in those of earlier versions
+                self.validation_data.set_state(position.pop(VALIDATION_DATA))
             self.train_data.set_state(position)
             step = int(state.step)
             if step > self.total_steps:
@@ -287,33 +435,47 @@ class _Run:
                     "--workdir"
                 )
             print(f"resuming {self.workdir} at step {step} of {self.total_steps}")
-        records = Records(self.workdir)
-        record = records.cut_back(step)
-        with contextlib.closing(records), self._progress_bar(step) as bar:
+        records = Records(self.workdir) if distributed.is_first() else None
+        record = distributed.from_first(records.cut_back(step) if records else None)
+        if record is not None:
+            sums.reset()  # saved before that evaluation, where a signal had put it off
+        closing = contextlib.closing(records) if records else contextlib.nullcontext()
+        with closing, self._progress_bar(step) as bar:
             while True:
+                stop.look(step)
+                checkpoints.check()
                 if self._evaluation_is_due(step) and record is None:
                     sums.fetch()
                     record = self._validate(state, stop)
                     if record is not None:
                         means = sums.means()
-                        records.write(record, {**means, "lr": float(self.schedule(step))})
+                        rate = float(self.schedule(optimizer.updates_made(state.opt_state)))
+                        if records:
+                            records.write(record, {**means, "lr": rate})
                         self._report(bar, step, means, record)
                         sums.reset()
-                if stop or step == self.total_steps or record is not None:
+                        distributed.wait("record")  # the first process has written it
+                last = bool(stop) or step == self.total_steps  # once: a signal may come any time
+                if last or record is not None:
                     sums.fetch()  # a state whose loss is not finite is not saved
                     checkpoints.save(state, self._position(sums), record)
-                if stop or step == self.total_steps:
+                if last:
                     checkpoints.wait()
                     if stop:
                         raise Interrupted(stop.signum)
                     return
                 batch = next(self.train_data)
-                state, step_sums = self.train_step(state, evaluate.on_device(batch))
+                state, step_sums = self.train_step(state, self.layout.send(batch))
                 step, record = step + 1, None
-                looked = sums.add(step_sums, evaluate.count_skipped(batch))
-                if looked and (means := sums.means()):  # none yet, if every clip was skipped
-                    bar.set_postfix_str(f"loss {means['loss']:.3f}, top1 {means['top1']:.1%}")
-                bar.update(int(batch["mask"].sum()))
+                skipped = self.layout.total(evaluate.count_skipped(batch))
+                looked = sums.add(step, state, step_sums, batch, skipped)
+                if looked and "loss" in (means := sums.means()):  # not if all was skipped
+                    refused = means["skipped_updates"]
+                    bar.set_postfix_str(
+                        f"loss {means['loss']:.3f}, top1 {means['top1']:.1%}"
+                        + (f", {refused} updates skipped" if refused else "")
+                    )
+                bar.update(self._clips_after(step) - bar.n)
                 every = self.config.checkpoint_every_steps
                 if every and step % every == 0 and not self._evaluation_is_due(step):
                     sums.fetch()
@@ -321,11 +483,15 @@ class _Run:
 
     def _position(self, sums: _TrainingSums) -> dict[str, Any]:
         """Where the data stands, and what the next record has so far."""
-        return {**self.train_data.get_state(), TRAINING_SUMS: sums.total}
+        return {
+            **self.train_data.get_state(),
+            TRAINING_SUMS: sums.total,
+            VALIDATION_DATA: {**self.validation_data.get_state(), "position": 0},
+        }
 
     def _start_from_another(self, state: steps.TrainState) -> tuple[steps.TrainState, int]:
         """The state of `config.init_from`, and the step that it stands at."""
-        start = initialise(self.config, state, self.steps_per_epoch)
+        start = initialise(self.config, state, self.steps_per_epoch, self.train_data.class_names)
         step = int(start.state.step)
         if step >= self.total_steps:
             raise ValueError(
@@ -334,8 +500,8 @@ class _Run:
             )
         position = {**self.train_data.get_state(), "position": step}
         self.train_data.set_state(position)
-        print(f"starting from {self.config.init_from}: {'; '.join(start.notes)}")
-        return start.state, step
+        print(f"starting from {self.config.init_from}:", *start.notes, sep="\n  ")
+        return self.layout.place(start.state), step
 
     def _evaluation_is_due(self, step: int) -> bool:
         every = self.config.evaluate_every_epochs * self.steps_per_epoch
@@ -343,28 +509,75 @@ class _Run:
 
     def _validate(self, state: steps.TrainState, stop: _StopRequest) -> dict[str, Any] | None:
         """The validation record of a state; None when a signal came in between."""
-        self.validation_data.rewind()
-        result = evaluate.evaluate_split(
-            self.eval_step,
-            state.params,
-            state.fixed,
-            self.validation_data,
-            num_classes=self.config.model.num_classes,
-            multi_label=self.validation_data.multi_label,
-            progress="validation",
-            should_stop=lambda: bool(stop),
-        )
+        result = self._evaluate(state.params, state.fixed, "validation", stop)
         if result is None:
             return None
         step = int(state.step)
         folder = self.workdir / "checkpoints" / str(step)
-        return evaluate.make_record(result, "validation", self.config, folder, step)
+        record = evaluate.make_record(result, "validation", self.config, folder, step)
+        if state.ema is not None:
+            averaged = self._evaluate(state.ema, state.fixed, "validation of the average", stop)
+            if averaged is None:
+                return None
+            for key in ("top1", "mean_average_precision", "loss"):
+                if key in averaged.metrics:
+                    record[f"ema_{key}"] = averaged.metrics[key]
+        return record
+
+    def _evaluate(
+        self, params: nnx.State, fixed: nnx.State, progress: str, stop: _StopRequest
+    ) -> evaluate.SplitResult | None:
+        """One pass over the validation split; None when a signal came in between."""
+        self.validation_data.rewind()
+        return evaluate.evaluate_split(
+            self.eval_step,
+            self.layout.gather(params),
+            self.layout.gather(fixed),
+            self.validation_data,
+            num_classes=self.config.model.num_classes,
+            multi_label=self.validation_data.multi_label,
+            progress=progress,
+            should_stop=lambda: bool(stop),
+            send=self.layout.send,
+        )
+
+    def _explain(self, refused: list[_Refused], state: steps.TrainState) -> str:
+        """What to say of updates that were refused, the last ones of `state`."""
+        first = refused[0]
+        others = ", ".join(str(r.step) for r in refused[1:6])
+        more = f", ... {refused[-1].step}" if len(refused) > 6 else ""
+        others = f"; so were those of steps {others}{more}" if others else ""
+        return (
+            f"the training loss or its gradient is not finite: step {first.step} (loss "
+            f"{first.loss:.4g}, gradient's norm {first.grad_norm:.4g}) was refused; its clips are "
+            f"{', '.join(first.ids)}{others}. {self._diagnosis(first.step, state)}. The last "
+            "checkpoint is from before: lower config.optimizer.learning_rate, set "
+            "config.optimizer.clip_norm, or let config.on_nonfinite='skip' leave such steps out"
+        )
+
+    def _diagnosis(self, step: int, state: steps.TrainState) -> str:
+        """The largest values in a forward pass of a step's batch, read once more."""
+        try:
+            self.train_data.set_state({**self.train_data.get_state(), "position": step - 1})
+            batch = evaluate.on_device(next(self.train_data))
+            key = jax.random.fold_in(jax.random.key(self.config.seed), step - 1)
+            video, _ = self.augment(
+                key, batch["video"], batch["label"], batch["mask"], batch["num_frames"]
+            )
+            # From wherever they lie to where these clips are.
+            variables = jax.device_put(jax.device_get((state.params, state.fixed)))
+            model = nnx.merge(self.graphdef, *variables)
+            largest = diagnose.largest_activations(model, video, batch["num_frames"], batch["mask"])
+        except Exception as error:  # the error that it was to explain must come out all the same
+            return f"Its clips could not be looked at again: {type(error).__name__}: {error}"
+        values = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
+        return f"Largest values in them with the parameters before, without dropout: {values}"
 
     def _report(self, bar: tqdm, step: int, training: dict[str, float], record) -> None:
         epoch = step / self.steps_per_epoch
         seen = (
             f"training loss {training['loss']:.4f}, top1 {training['top1']:.2%}; "
-            if training  # nothing, where a resumed run begins with its evaluation
+            if "loss" in training  # not where a resumed run begins with its evaluation
             else ""
         )
         bar.write(
@@ -372,11 +585,18 @@ class _Run:
             f"{_percentages(record)}"
         )
 
+    def _clips_after(self, step: int) -> int:
+        """Clips that have come by then, over all processes."""
+        epochs, steps_since = divmod(step, self.steps_per_epoch)
+        clips = self.train_data.num_clips
+        return epochs * clips + min(steps_since * self.config.batch_size, clips)
+
     def _progress_bar(self, step: int) -> tqdm:
         clips = self.train_data.num_clips
         return tqdm(
             total=self.config.num_epochs * clips,
-            initial=round(step / self.steps_per_epoch * clips),
+            initial=self._clips_after(step),
+            disable=not distributed.is_first(),
             desc="training",
             unit="clip",
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
@@ -386,5 +606,8 @@ class _Run:
 
 def _percentages(record: dict[str, Any]) -> str:
     if "mean_average_precision" in record:
-        return f"loss {record['loss']:.4f}, mAP {record['mean_average_precision']:.2%}"
-    return f"loss {record['loss']:.4f}, top1 {record['top1']:.2%}, top5 {record['top5']:.2%}"
+        text = f"loss {record['loss']:.4f}, mAP {record['mean_average_precision']:.2%}"
+    else:
+        text = f"loss {record['loss']:.4f}, top1 {record['top1']:.2%}, top5 {record['top5']:.2%}"
+    averaged = record.get("ema_mean_average_precision", record.get("ema_top1"))
+    return text if averaged is None else f"{text}, of the average {averaged:.2%}"

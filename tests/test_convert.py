@@ -908,12 +908,12 @@ def test_a_run_goes_on_where_pytorch_stopped(tmp_path, frozen):
 
 def test_another_model_cannot_be_started_from(tmp_path):
     config = small_config(attention="linear")
-    config.init_from = str(saved_model(tmp_path / "m", attention="softmax", num_layers=1))
+    config.init_from = str(saved_model(tmp_path / "m", attention="softmax", mlp_dim=16))
     _, state = steps.create_train_state(
         rvit_jax.RViT(config.model, rngs=nnx.Rngs(0)),
         optimizer.make_optimizer(config.optimizer, lambda step: 0.0),
     )
-    with pytest.raises(ValueError, match=r"attention is 'softmax' there.*num_layers is 1 there"):
+    with pytest.raises(ValueError, match=r"attention is 'softmax' there.*mlp_dim is 16 there"):
         initialise(config, state, 3)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import rvit_jax
-from rvit_jax import evaluate, train
+from rvit_jax import evaluate, seal, train
 from rvit_jax.checkpoint import resolve_checkpoint
 from tests.jester_folder import CLASSES, labelled, make_set, reference_frame
 from tests.small import small_config
@@ -52,6 +52,13 @@ def weights(workdir: Path) -> list[np.ndarray]:
     return jax.tree.leaves(jax.device_get(rvit_jax.load(workdir).model._leaves))
 
 
+def set_top1(workdir: Path, step: int, top1: float) -> None:
+    file = workdir / "checkpoints" / str(step) / "meta" / "model.json"
+    meta = json.loads(file.read_text())
+    meta["metrics"]["top1"] = top1
+    file.write_text(json.dumps(seal.with_own_seal(meta)))
+
+
 def test_what_a_run_leaves(finished):
     assert [r["step"] for r in records(finished)] == [3, 6]  # 10 clips, 4 a step, 2 epochs
     first = records(finished)[0]
@@ -80,10 +87,7 @@ def test_loading_gives_the_best_checkpoint(finished):
 def test_of_equals_the_later_checkpoint_is_best(finished, tmp_path):
     shutil.copytree(finished / "checkpoints", tmp_path / "checkpoints")
     for step, top1 in ((3, 0.5), (6, 0.5)):
-        file = tmp_path / "checkpoints" / str(step) / "meta" / "model.json"
-        meta = json.loads(file.read_text())
-        meta["metrics"]["top1"] = top1
-        file.write_text(json.dumps(meta))
+        set_top1(tmp_path, step, top1)
     assert resolve_checkpoint(tmp_path).name == "6"
 
 
@@ -203,6 +207,34 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("owner", "method", "stands_at"),
+    [
+        (train.Records, "cut_back", 0),  # before the first step
+        (train.checkpoint.Checkpoints, "save", 4),  # in the save of step 3
+        (train.checkpoint.Checkpoints, "wait", 6),  # in the last one
+    ],
+)
+def test_a_signal_at_another_moment_loses_nothing(
+    finished, data_dir, tmp_path, monkeypatch, owner, method, stands_at
+):
+    whole = getattr(owner, method)
+
+    def interrupted(self, *args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(owner, method, whole)
+        return whole(self, *args)
+
+    monkeypatch.setattr(owner, method, interrupted)
+    with pytest.raises(train.Interrupted):
+        train.train_and_evaluate(tiny_run(data_dir), tmp_path)
+    assert max(int(f.name) for f in (tmp_path / "checkpoints").iterdir()) == stands_at
+    train.train_and_evaluate(tiny_run(data_dir), tmp_path)
+    assert [r["loss"] for r in records(tmp_path)] == [r["loss"] for r in records(finished)]
+    for ours, theirs in zip(weights(tmp_path), weights(finished), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_a_longer_run_goes_on(finished, data_dir, tmp_path):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     config = tiny_run(data_dir)
@@ -236,10 +268,7 @@ def test_the_best_stays_across_restarts(data_dir, tmp_path):
     config = tiny_run(data_dir, keep_checkpoints=1)
     train.train_and_evaluate(config, tmp_path)
     best = max(records(tmp_path), key=lambda r: (r["top1"], r["step"]))["step"]
-    file = tmp_path / "checkpoints" / str(best) / "meta" / "model.json"
-    meta = json.loads(file.read_text())
-    meta["metrics"]["top1"] = 1.0  # nothing later is better; equals would be
-    file.write_text(json.dumps(meta))
+    set_top1(tmp_path, best, 1.0)  # nothing later is better; equals would be
     config.optimizer.learning_rate = 0.0
     config.num_epochs = 5
     with pytest.raises(ValueError, match="another config"):
@@ -368,6 +397,10 @@ class TestErrors:
         file = tmp_path / "6" / "meta" / "model.json"
         description = json.loads(file.read_text())
         description["config"]["model"]["hidden_size"] = 32
+        file.write_text(json.dumps(seal.with_own_seal(description)))
+        with pytest.raises(ValueError, match=r"params was made by another version or config"):
+            rvit_jax.load(tmp_path / "6")
+        del description["seal"]  # as earlier versions wrote it
         file.write_text(json.dumps(description))
         with pytest.raises(ValueError, match=r"6: the checkpoint cannot be read, or its shapes"):
             rvit_jax.load(tmp_path / "6")

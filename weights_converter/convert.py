@@ -313,23 +313,25 @@ def _write(
     from flax import nnx
 
     from rvit_jax import RViT
-    from rvit_jax.checkpoint import describe_model, write_json
+    from rvit_jax.checkpoint import describe_model, sealed, write_json
 
     model = RViT(config.model, rngs=nnx.Rngs(0))
     model.eval()
     mapping.load_into(model, mapping.to_flax(found.weights, config.model))
     description = describe_model(config, class_names)
     description.update(step=0, metrics=None, converted_from=_provenance(found, proof, why_not))
+    arrays = {"params": nnx.to_pure_dict(nnx.state(model))}
+    if training is not None:
+        params = nnx.state(model, nnx.Param)
+        state = _optimizer_state(training.adamw, config, params)
+        step = jnp.asarray(training.adamw.step, jnp.int32)
+        arrays["optimizer"] = {"step": step, "state": state}
+        description.update(step=training.adamw.step, epoch=training.epoch)
     with _written_aside(out_dir) as folder, ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "params", nnx.to_pure_dict(nnx.state(model)))
-        if training is not None:
-            params = nnx.state(model, nnx.Param)
-            state = _optimizer_state(training.adamw, config, params)
-            step = jnp.asarray(training.adamw.step, jnp.int32)
-            checkpointer.save(folder / "optimizer", {"step": step, "state": state})
-            description.update(step=training.adamw.step, epoch=training.epoch)
+        for name, tree in arrays.items():
+            checkpointer.save(folder / name, tree)
         checkpointer.wait_until_finished()
-        write_json(folder / "model.json", description)
+        write_json(folder / "model.json", sealed(description, arrays))
 
 
 def _provenance(found: Recognised, proof: "Proof | None", why_not: str | None) -> dict[str, Any]:
