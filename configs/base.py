@@ -53,7 +53,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # "layers": that too, and of a frame one layer at a time.
     config.model.remat = "dots"
     # The order in which a clip is computed: "frames": frame by frame through all layers | "layers":
-    # layer by layer over many frames | "auto": the faster one on this platform. The same numbers.
+    # layer by layer over many frames | "auto": the one measured to be faster. The same numbers.
     config.model.schedule = "auto"
     # A longer clip is read in segments of so many frames: in training, the memory is that of one
     # segment, and each is computed twice.

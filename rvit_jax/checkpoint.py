@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -674,7 +675,8 @@ def load(path: str | os.PathLike) -> LoadedModel:
             f"model.json: {_first_line(error)}"
         ) from error
     nnx.replace_by_pure_dict(state, variables)
-    nnx.update(model, jax.tree.map(in_float32, state))  # bfloat16 parameters too: the same numbers
+    # bfloat16 parameters in float32 too: the same numbers.
+    nnx.update(model, jax.tree.map(lambda x: in_float32(jnp.asarray(x)), state))
     return LoadedModel(
         model=CompiledRViT(model),
         config=config,

@@ -242,7 +242,8 @@ class RViT(nnx.Module):
         So its gradient is summed over the frames first and over the clips at last; summing over the
         clips at every frame took a sixth of a training step on a CPU.
         """
-        return jnp.tile(self.pos_embedding[...], (batch_size, 1, 1))
+        positions = self.pos_embedding[...]
+        return jnp.broadcast_to(positions, (batch_size, *positions.shape[1:]))
 
     def add_positions(self, x: Tokens, positions: Tokens, key: PRNGKey | None = None) -> Tokens:
         """What a layer reads of the tokens [B, S, D] that the layer before gave."""
@@ -272,7 +273,7 @@ class RViT(nnx.Module):
         """
         x = self.embed(frame)
         if positions is None:
-            positions = self.positions(len(x))
+            positions = self.positions(x.shape[0])
         keys = self.split_keys(key)
         new_hidden = []
         for index, layer in enumerate(self.layers):

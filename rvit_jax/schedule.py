@@ -4,10 +4,10 @@ Layer l's state after frame t depends on its own state before and on what enters
 there are two orders with the same numbers, `config.model.schedule`:
 
     "frames"   frame by frame through all layers: `lax.scan` of `RViT.encode_frame`. Holds one
-               frame's activations, and is the faster on a CPU, whose caches they fit.
+               frame's activations, which fit a CPU's caches.
     "layers"   layer after layer over many frames: embedding, the frames' projections and the MLPs
-               are a few large matrix products, and `lax.scan` over the frames runs the gate alone.
-               Faster where single products are too small to fill the device.
+               are a few large matrix products, and `lax.scan` over the frames runs the gate alone:
+               for devices that single products are too small to fill.
 
 Either way a clip is read in segments of at most `config.model.segment_frames` frames, so that no
 memory but the video's grows with longer clips. In training what is kept for the gradient is that of
@@ -51,10 +51,12 @@ Carry = tuple[ClassTokens, Hidden]  # of the frame read last
 
 
 def resolve(schedule: str) -> str:
-    """ "frames" or "layers"; "auto" is what was measured to be faster on this platform."""
-    if schedule != "auto":
-        return schedule
-    return "frames" if jax.default_backend() == "cpu" else "layers"
+    """ "frames" or "layers", whichever "auto" stands for: what was measured to be the faster.
+
+    On a CPU "frames" is, by a third to a half (docs/performance.md). On accelerators "layers" has
+    not been measured yet, and "frames" is ahead of PyTorch by far.
+    """
+    return "frames" if schedule == "auto" else schedule
 
 
 def read_clip(
@@ -73,15 +75,17 @@ def read_clip(
         num_frames: real frames of each clip [B]; None: all.
         key: for dropout; each frame's is folded from it, whatever the schedule.
     """
-    read = _read_by_layers if resolve(model.schedule) == "layers" else _read_by_frames
     total, most = video.shape[1], model.segment_frames
+    counted = isinstance(total, int)  # not where a model is exported for any number of frames
+    by_layers = counted and resolve(model.schedule) == "layers"
+    read = _read_by_layers if by_layers else _read_by_frames
 
     def read_segment(carry: Carry, start: jax.Array | int, length: int) -> Carry:
         times = start + jnp.arange(length)
         return read(model, video, times, carry, num_frames, key)
 
     carry = (jnp.zeros((video.shape[0], hidden.shape[-1]), model.token_dtype(video)), hidden)
-    if total <= most or not _in_segments(model):
+    if not (counted and _in_segments(model)) or total <= most:
         return read_segment(carry, 0, total)
     whole, rest = divmod(total, most)
 
