@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -363,10 +364,11 @@ def _restore_optimizer(loaded: checkpoint.LoadedModel) -> optax.OptState:
     params = nnx.state(loaded.model.module, nnx.Param)
     chain = optimizer.make_optimizer(loaded.config.optimizer, lambda step: 0.0)
     item = {"step": jnp.zeros((), jnp.int32), "state": chain.init(params)}
-    description = json.loads((loaded.path / "model.json").read_text())
+    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, item)
     try:
-        return checkpoint.read_arrays(loaded.path, "optimizer", item, description)["state"]
-    except ValueError as error:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(loaded.path.absolute() / "optimizer", template)["state"]
+    except Exception as error:  # Orbax raises many kinds
         raise ValueError(f"{loaded.path}: the optimizer's state cannot be read: {error}") from error
 
 

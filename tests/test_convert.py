@@ -21,7 +21,7 @@ from torch import Tensor
 import input_pipeline
 import rvit_jax
 from configs.base import get_config
-from rvit_jax import checkpoint, losses, optimizer, steps, train
+from rvit_jax import checkpoint, losses, optimizer, sharding, steps, train
 from rvit_jax.initialise import initialise
 from tests import jester_folder
 from tests.small import saved_model, small_config, small_model
@@ -886,7 +886,11 @@ def test_a_run_goes_on_where_pytorch_stopped(tmp_path, frozen):
     losses_seen = []
     validation = input_pipeline.get_dataset(config, "validation")
     run = train._Run(
-        config, tmp_path / "run", input_pipeline.get_dataset(config, "train"), validation
+        config,
+        tmp_path / "run",
+        sharding.make_layout(config),
+        input_pipeline.get_dataset(config, "train"),
+        validation,
     )
     train_step = run.train_step
 

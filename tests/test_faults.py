@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -31,6 +32,8 @@ from tests.jester_folder import CLASSES, labelled, make_set
 from tests.small import saved_model, small_config, small_model
 
 METRICS = {"top1": 0.5, "loss": 1.25}
+# What is said depends on where it fell: in the numbers, or in what says where they lie.
+BIT_FLIPPED = "checksum differs|cannot be read"
 
 
 @functools.cache
@@ -153,8 +156,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("damage", "cause"),
         [
-            (lambda f: flip(largest(f / "params" / "ocdbt.process_0")), "checksum differs"),
-            (lambda f: flip(largest(f / "optimizer" / "ocdbt.process_0")), "checksum differs"),
+            (lambda f: flip(largest(f / "params" / "ocdbt.process_0")), BIT_FLIPPED),
+            (lambda f: flip(largest(f / "optimizer" / "ocdbt.process_0")), BIT_FLIPPED),
             (lambda f: flip(f / "meta" / "model.json"), "meta/model.json"),
             (lambda f: flip(f / "data" / "metadata"), "data/metadata"),
             (lambda f: os.truncate(f / "meta" / "model.json", 100), "cannot be read"),
@@ -172,7 +175,7 @@ class TestDamage:
         step, lines = go_on(workdir)
         aside = [f.name for f in (workdir / "damaged").iterdir()]
         assert len(lines) == 1
-        assert cause in lines[0]
+        assert re.search(cause, lines[0])
         assert str(workdir / "damaged" / aside[0]) in lines[0]
         if aside == ["3"]:  # nothing of it is lost
             assert step == 2
