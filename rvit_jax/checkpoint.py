@@ -500,6 +500,12 @@ def read_arrays(folder: Path, item: str, template: Any, description: Mapping[str
         if any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")):
             raise OSError(f"{folder / item} cannot be read: {_first_line(error)}") from error
         raise DamagedError(f"{folder / item} cannot be read: {_first_line(error)}") from error
+    there, here = seal.kinds(arrays), seal.kinds(template)
+    if other := seal.differing(there, here):  # Orbax does not mind
+        raise DamagedError(
+            f"{folder / item} cannot be read: {other[0]} is {there.get(other[0], 'not there')}, "
+            f"expected {here.get(other[0], 'none')}"
+        )
     if sums is not None and (wrong := seal.differing(sums, seal.seal_arrays(arrays))):
         raise DamagedError(
             f"{folder / item}: {wrong[0]} is not what was saved, its checksum differs "
