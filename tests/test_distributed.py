@@ -246,9 +246,8 @@ def test_one_process_goes_on_and_evaluates_alike(whole, config_file, tmp_path):
     assert worst[0] == pytest.approx(worst[1], rel=0.01)  # all the films are there
 
 
-@pytest.mark.parametrize(
-    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_stops_all_at_one_step(signum, whole, config_file, tmp_path):
     """And the same command goes on to the same bits."""
     processes = Processes(command(config_file, tmp_path), 2, 1)
