@@ -11,14 +11,15 @@ from input_pipeline import label_maps
 from input_pipeline.jester import CLASS_NAMES
 from rvit_jax.attention import ATTENTION_KINDS
 from rvit_jax.augment import check_options
+from rvit_jax.schedule import REMAT_POLICIES, SCHEDULES
 
 _CHOICES = {
     "opt_level": ("O0", "O1", "O2"),
     "model.attention": ATTENTION_KINDS,
     "model.readout": ("class_token", "class_and_hidden_tokens"),
     "model.head": ("linear", "mlp"),
-    "model.remat": ("none", "dots", "frames", "layers"),
-    "model.schedule": ("auto", "frames", "layers"),
+    "model.remat": ("none", *REMAT_POLICIES),
+    "model.schedule": SCHEDULES,
     "dataset.name": input_pipeline.NAMES,
     "dataset.sampling": ("head", "dense", "uniform", "random"),
     "dataset.resize": ("squash", "short_side"),

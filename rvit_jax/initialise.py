@@ -35,9 +35,8 @@ from ml_collections import ConfigDict
 
 from rvit_jax import checkpoint, optimizer, precision, vit
 from rvit_jax.config import lookup
-from rvit_jax.layers import in_float32
 from rvit_jax.shapes import HostOrDevice
-from rvit_jax.steps import TrainState
+from rvit_jax.steps import TrainState, begin_average
 
 # Keys of config.model that change no shape and no function of the weights.
 _FREE_MODEL_KEYS = (
@@ -160,7 +159,7 @@ def _with_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
     state = state.replace(opt_state=precision.with_master_of(state.opt_state, state.params))
     if state.ema is None:
         return state
-    return state.replace(ema=jax.tree.map(lambda x: jnp.copy(in_float32(x)), state.params))
+    return state.replace(ema=begin_average(state.params))
 
 
 def _take_weights(

@@ -55,10 +55,14 @@ def create_train_state(
         fixed=fixed,
         opt_state=optimizer.init(params),
         halted=jnp.zeros((), bool),
-        # In float32: the steps of an average are small.
-        ema=jax.tree.map(lambda x: jnp.copy(in_float32(x)), params) if ema else None,
+        ema=begin_average(params) if ema else None,
     )
     return graphdef, state
+
+
+def begin_average(params: nnx.State) -> nnx.State:
+    """The moving average before the first step: a copy, in float32, since its steps are small."""
+    return jax.tree.map(lambda x: jnp.copy(in_float32(x)), params)
 
 
 def make_train_step(

@@ -158,9 +158,10 @@ def what_is_left(workdir: Path) -> tuple[dict[str, str], bytes]:
 
 def compare(workdir: Path, expected: tuple[dict[str, str], bytes]) -> list[str]:
     """What differs from the run left alone."""
+    from rvit_jax import seal
+
     sums, records = what_is_left(workdir)
-    wrong = [name for name in {*sums, *expected[0]} if sums.get(name) != expected[0].get(name)]
-    return sorted(wrong) + (["metrics.jsonl"] if records != expected[1] else [])
+    return seal.differing(sums, expected[0]) + (["metrics.jsonl"] * (records != expected[1]))
 
 
 def wait_for(process: multiprocessing.Process, ready: Callable[[], bool]) -> bool:
