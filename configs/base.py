@@ -56,7 +56,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # layer by layer over many frames | "auto": the one measured to be faster. The same numbers.
     config.model.schedule = "auto"
     # A longer clip is read in segments of so many frames: in training, the memory is that of one
-    # segment, and each is computed twice.
+    # segment, and each is computed once more.
     config.model.segment_frames = 36
 
     config.dataset = ConfigDict()
@@ -82,13 +82,17 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # How frames become squares. "squash": the whole frame, whatever its shape (the reference) |
     # "short_side": its shape kept, the longer side cut: at random in training, else its middle.
     config.dataset.resize = "squash"
-    # Of JPEG frames (folders, TFDS). "pillow": pixel for pixel the reference's | "fast": OpenCV, in
-    # half the time; frames of Jester's size differ by 0.4 (clean) to 1.2 (grainy) of 255 in the
-    # mean. Belongs to the trained model. Video files have their own decoder: "pillow" alone.
+    # How frames are resized. "pillow": pixel for pixel the reference's | "fast": OpenCV, in a
+    # fraction of the time; frames of Jester's size differ by 0.4 (clean) to 1.2 (grainy) of 255 in
+    # the mean. Belongs to the trained model.
     config.dataset.decoder = "pillow"
     # A video with fewer than num_frames frames: "repeat_last" repeats its last frame (the
     # reference); "ragged" stops there: the model reads `num_frames` of each clip.
     config.dataset.short_clips = "repeat_last"
+    # For training on "ragged" clips: batches of clips of about one length, as many frames long as
+    # the first of these numbers that holds its longest clip; above the last, num_frames. (16, 24)
+    # makes batches of 16, 24 and num_frames frames. (): num_frames for all, in wholly random order.
+    config.dataset.length_buckets = ()
     # "rgb": real frames | "channel_planes": the reference's scrambled layout.
     # Deviation: the reference knows the second alone; it is no video, and cannot stream.
     config.dataset.frame_packing = "rgb"

@@ -97,20 +97,14 @@ def open_source(config: ConfigDict, split: str, *, process_index: int = 0) -> So
     if name in VIDEO_NAMES:
         from input_pipeline import video_files
 
-        if config.dataset.decoder != "pillow":
-            raise ValueError(
-                f"dataset.decoder is {config.dataset.decoder!r}, which is for frames in JPEG files "
-                f"and in TFDS records; the video files of dataset.name={name!r} have a decoder of "
-                "their own: set dataset.decoder=pillow"
-            )
         return video_files.read_split(
             name, data_dir, split, classes, config.dataset.labels, config.dataset.missing
         )
     if name == "jester_tfds":
         from input_pipeline import jester_tfds
 
-        return jester_tfds.read_split(data_dir, split, classes, name, config.dataset.decoder)
-    return jester.read_split(data_dir, split, classes, name, config.dataset.decoder)
+        return jester_tfds.read_split(data_dir, split, classes, name)
+    return jester.read_split(data_dir, split, classes, name)
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -11,7 +11,6 @@ arguments; 128 + n after signal n.
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -28,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 import input_pipeline
 from input_pipeline import jester
-from input_pipeline.cpus import num_cpus
+from input_pipeline.cpus import in_threads
 from input_pipeline.source import Source, VideoInfo
 
 FRAMES_AT_ONCE = 64  # of a film, in each thread
@@ -91,7 +90,9 @@ def check(
             continue
         problems += [Problem(kind, split, message) for kind, message in listed]
         counts[split] = {"clips": 0, "frames": 0}
-        for reading in _read_all(clip_ids, read, f"checking {split}" if progress else None):
+        for reading in in_threads(
+            read, len(clip_ids), progress=f"checking {split}" if progress else None
+        ):
             counts[split]["clips"] += 1
             counts[split]["frames"] += reading.num_frames
             problems += [Problem(kind, split, message) for kind, message in reading.problems]
@@ -187,28 +188,6 @@ def _read_folder(folder: Path) -> _Reading:
     if len(sizes) > 1:
         problems.append(("sizes", f"{folder}: its frames are of {len(sizes)} sizes"))
     return _Reading(folder.name, digest.hexdigest(), len(files), tuple(problems))
-
-
-def _read_all(
-    clip_ids: Sequence[str], read: Callable[[int], _Reading], progress: str | None
-) -> Iterator[_Reading]:
-    """Reads all clips with threads, in order, a bounded number ahead."""
-    from tqdm import tqdm
-
-    threads = num_cpus()
-    bar = tqdm(
-        total=len(clip_ids),
-        desc=progress,
-        unit="clip",
-        disable=progress is None,
-        mininterval=0.5 if sys.stderr.isatty() else 30.0,
-    )
-    with bar, concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        # A few thousand at a time: their results wait in order.
-        for start in range(0, len(clip_ids), 1024):
-            for reading in pool.map(read, range(start, min(start + 1024, len(clip_ids)))):
-                bar.update()
-                yield reading
 
 
 def define_flags(argv: list[str]) -> flags.FlagValues:

@@ -12,11 +12,12 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from input_pipeline import label_maps, sampling, transforms
+from input_pipeline.cpus import in_threads
+from input_pipeline.order import Place
 from input_pipeline.source import Source, VideoInfo
 
 Clip = dict[str, Any]
 
-PADDING = (-1, 0)  # in place of a clip, on the rows that fill up an epoch's last batch
 FRAME_PACKINGS = ("rgb", "channel_planes")
 ON_ERROR = ("fail", "skip")
 
@@ -35,6 +36,7 @@ class ClipOptions:
     frame_rate: float = 12.0
     sampling: str = "head"
     short_clips: str = "repeat_last"
+    length_buckets: tuple[int, ...] = ()
     frame_packing: str = "rgb"
     frame_order: str = "forward"
     resize: str = "squash"
@@ -59,6 +61,7 @@ class ClipOptions:
             frame_rate=dataset.frame_rate,
             sampling=dataset.sampling,
             short_clips=dataset.short_clips,
+            length_buckets=tuple(dataset.length_buckets) if training else (),
             frame_packing=dataset.frame_packing,
             frame_order=dataset.frame_order,
             resize=dataset.resize,
@@ -91,6 +94,18 @@ class ClipOptions:
             raise ValueError(
                 "dataset.frame_packing=channel_planes mixes the planes of all T frames, so every "
                 "clip must have T: set dataset.short_clips=repeat_last"
+            )
+        if self.length_buckets and self.short_clips != "ragged":
+            raise ValueError(
+                f"dataset.length_buckets={self.length_buckets} are for clips of several lengths, "
+                f"but dataset.short_clips={self.short_clips} gives all of them "
+                f"{self.num_frames} frames: set it to 'ragged', or length_buckets to ()"
+            )
+        buckets = list(self.length_buckets)
+        if buckets != sorted(set(buckets)) or not set(buckets) <= {*range(1, self.num_frames + 1)}:
+            raise ValueError(
+                f"dataset.length_buckets is {self.length_buckets}; expected numbers of frames that "
+                f"rise from 1 to at most dataset.num_frames={self.num_frames}"
             )
         if self.temporal_views > 1 and self.sampling == "head":
             raise ValueError(
@@ -147,11 +162,59 @@ class ClipReader:
         shape = (options.num_frames, size, size, 3)
         self._no_video = np.zeros(shape if views == 1 else (views, *shape), np.uint8)
 
-    def __call__(self, place: tuple[int, int]) -> Clip:
-        """Returns the clip of (index, epoch), or for `PADDING` a row of zeros with `mask` False."""
-        if tuple(place) == PADDING:
-            return self._empty(clip_id="")
-        index, epoch = place
+    def __call__(self, place: Place) -> Clip:
+        """Returns the clip of a place, or for padding a row of zeros with `mask` False."""
+        index, epoch, num_frames = place
+        clip = self._empty(clip_id="") if index < 0 else self._clip(index, epoch)
+        if not num_frames:
+            return clip
+        clip = dict(clip)  # in training there is one view
+        for key in ("video", "frame_indices"):
+            clip[key] = clip[key][:num_frames]
+        return clip
+
+    def lengths(self) -> np.ndarray:
+        """The bucket of each clip: the least number of frames a batch must have to hold it.
+
+        With frame-rate jitter that of the most frames it may come to. A clip that cannot be read
+        takes all frames under `on_error="skip"`.
+
+        Returns:
+            int [num_clips]; each is one of `length_buckets`, or `num_frames`.
+
+        Raises:
+            ValueError: a clip cannot be read; the message names it.
+            FileNotFoundError: it is gone.
+        """
+        buckets = np.array([*self._options.length_buckets, self._options.num_frames])
+        source = self._source
+        counts = in_threads(
+            self._most_frames,
+            len(source.ids),
+            progress=f"looking up the lengths of {source.name}",
+            delay_s=3.0,
+        )
+        most = np.fromiter(counts, np.int64)
+        return buckets[np.searchsorted(buckets, most)]
+
+    def _most_frames(self, index: int) -> int:
+        options = self._options
+        try:
+            info = self._source.video_info(index)
+        except (ValueError, FileNotFoundError):
+            if options.on_error == "skip":
+                return options.num_frames
+            raise
+        indices = sampling.choose_frames(
+            info,
+            options.sampling,
+            options.num_frames,
+            stride=options.frame_stride * options.frame_rate_jitter[0],
+            frame_rate=options.frame_rate,
+        )
+        return len(indices)
+
+    def _clip(self, index: int, epoch: int) -> Clip:
         if self._cache is None:
             return self._read(index, epoch)
         # One lock a clip: reading ahead into the next epoch may ask for a clip in the making.

@@ -97,7 +97,6 @@ class Split:
         labels: class index per clip, int32 [num_clips]; None where the CSV gives no labels.
         class_names: in index order.
         num_missing: 0; a clip without its folder is an error.
-        decoder: one of `transforms.DECODERS`.
     """
 
     name: str
@@ -106,13 +105,19 @@ class Split:
     labels: np.ndarray | None
     class_names: tuple[str, ...]
     num_missing: int = 0
-    decoder: str = "pillow"
 
     def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
         """Decodes frames of a clip; see `source.Source`."""
-        files = frame_files(os.path.join(self.frames_dir, self.ids[index]))
-        decode = functools.cache(functools.partial(transforms.decode_image, decoder=self.decoder))
+        files = self._files(index)
+        decode = functools.cache(transforms.decode_image)
         return [decode(files[frame]) for frame in choose(VideoInfo(len(files))).tolist()]
+
+    def video_info(self, index: int) -> VideoInfo:
+        """How many frames clip `index` has; raises as `read` does."""
+        return VideoInfo(len(self._files(index)))
+
+    def _files(self, index: int) -> list[str]:
+        return frame_files(os.path.join(self.frames_dir, self.ids[index]))
 
     def select(self, ids: Sequence[str]) -> Split:
         """The clips `ids` alone, in that order.
@@ -141,7 +146,6 @@ def read_split(
     split: str,
     classes: Sequence[str] = (),
     name: str = "jester",
-    decoder: str = "pillow",
 ) -> Split:
     """Reads a split's CSV and finds the folder of every clip that it names.
 
@@ -159,7 +163,6 @@ def read_split(
         classes: names in index order; () means `CLASS_NAMES`. Each class that is named must have a
             clip in train; with (), those without one are only reported.
         name: what the config calls the data; only used in messages.
-        decoder: of the frames, one of `transforms.DECODERS`.
 
     Returns:
         The split; the frames are listed later, clip by clip.
@@ -193,7 +196,6 @@ def read_split(
         ids=ids,
         labels=np.array([index[row.label] for row in rows], np.int32) if labelled else None,
         class_names=class_names,
-        decoder=decoder,
     )
 
 

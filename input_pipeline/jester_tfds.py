@@ -39,7 +39,6 @@ class JesterTFDS:
         class_names: tuple[str, ...],
         stored: np.ndarray,
         num_missing: int = 0,
-        decoder: str = "pillow",
     ):
         """Opens nothing yet; `read_split` makes one.
 
@@ -51,14 +50,12 @@ class JesterTFDS:
             class_names: in index order.
             stored: int64 [num_clips, 2]: number of the clip's record, and the label in it.
             num_missing: clips of the CSV that were left out when the set was prepared.
-            decoder: of the frames, one of `transforms.DECODERS`.
         """
         self.name = name
         self.ids = ids
         self.labels = labels
         self.class_names = class_names
         self.num_missing = num_missing
-        self.decoder = decoder
         self._data_dir = data_dir
         self._stored = stored
         self._records: Any = None
@@ -93,10 +90,12 @@ class JesterTFDS:
             if i not in decoded:
                 place = f"{i + 1} of {len(frames)} of the clip {clip_id!r}"
                 place = f"{place} ({self.name}) in {self._data_dir}"
-                decoded[i] = transforms.decode_image(
-                    io.BytesIO(frames[i]), place, decoder=self.decoder
-                )
+                decoded[i] = transforms.decode_image(io.BytesIO(frames[i]), place)
         return [decoded[i] for i in chosen]
+
+    def video_info(self, index: int) -> VideoInfo:
+        """How many frames clip `index` has; reads its record, and raises as `read` does."""
+        return VideoInfo(len(self._frames(index)))
 
     def select(self, ids: Sequence[str]) -> JesterTFDS:
         """The clips `ids` alone, in that order.
@@ -114,7 +113,6 @@ class JesterTFDS:
             self.class_names,
             self._stored[rows],
             self.num_missing,
-            self.decoder,
         )
 
     def _frames(self, index: int) -> list[bytes]:
@@ -156,7 +154,6 @@ def read_split(
     split: str,
     classes: Sequence[str] = (),
     name: str = "jester",
-    decoder: str = "pillow",
 ) -> JesterTFDS:
     """Opens a split of a prepared set as `jester.read_split` opens one of folders.
 
@@ -169,7 +166,6 @@ def read_split(
         split: "train", "validation" or "test".
         classes: names in index order; () means `jester.CLASS_NAMES`.
         name: what the config calls the data; only used in messages.
-        decoder: of the frames, one of `transforms.DECODERS`.
 
     Raises:
         ValueError: a class is wrong or was left out in preparing, or the set's files contradict
@@ -211,7 +207,7 @@ def read_split(
             f"{folder} holds no clip of the classes wanted ({few(class_names)}) in the "
             f"{split} split: name others in dataset.classes, or leave it empty"
         )
-    return _source(str(data_dir), split, table, rows, known, class_names, decoder)
+    return _source(str(data_dir), split, table, rows, known, class_names)
 
 
 def _source(
@@ -221,7 +217,6 @@ def _source(
     rows: Sequence[int],
     known: tuple[str, ...],
     class_names: tuple[str, ...],
-    decoder: str,
 ) -> JesterTFDS:
     stored_labels = table["labels"] or [-1] * len(table["ids"])
     index = {class_name: i for i, class_name in enumerate(class_names)}
@@ -231,7 +226,7 @@ def _source(
     stored = np.array([(table["records"][row], stored_labels[row]) for row in rows], np.int64)
     ids = tuple(table["ids"][row] for row in rows)
     num_missing = table["num_left_out"]
-    return JesterTFDS(data_dir, split, ids, labels, class_names, stored, num_missing, decoder)
+    return JesterTFDS(data_dir, split, ids, labels, class_names, stored, num_missing)
 
 
 def _builder(data_dir: str | Path) -> Any:

@@ -1,4 +1,4 @@
-"""Order, batches, padding, worker processes and the resumable position."""
+"""Batches, worker processes and the resumable position."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from input_pipeline.clips import PADDING, Clip, ClipOptions, ClipReader
+from input_pipeline.clips import Clip, ClipOptions, ClipReader
 from input_pipeline.cpus import num_cpus
+from input_pipeline.order import ClipOrder
 from input_pipeline.source import Source, VideoInfo
 from input_pipeline.watch import WatchedBatches, WorkerError
 
@@ -27,68 +28,8 @@ Batch = dict[str, np.ndarray]
 _MOST_THREADS = 16
 _WORKER_BUFFER = 2  # batches that each worker process keeps ready
 _PARENT_CHECK_S = 0.5
+_OPTIONAL_KEYS = ("lengths_sha256",)  # of a position; both must have it, or neither
 _SAMPLED_CLIPS = 32  # whose pictures stand for those of the whole split
-
-
-class ClipOrder:
-    """One process's rows, one after the other: row number -> (clip, epoch), or `PADDING`.
-
-    An epoch is ceil(num_clips / B) global batches of B rows, the last one filled up with padding
-    (Deviation: the reference drops the clips of a last partial batch);
-    process p of P holds rows [p * B/P, (p + 1) * B/P) of each. So the order of the global batches
-    depends on the seed, the number of clips and B, and on nothing else.
-    """
-
-    def __init__(
-        self,
-        num_clips: int,
-        batch_size: int,
-        *,
-        shuffle_seed: int | None,
-        process_index: int = 0,
-        process_count: int = 1,
-    ):
-        """With a seed the order is shuffled anew each epoch, for ever; without, one ordered pass.
-
-        Raises:
-            ValueError: `process_count` does not divide `batch_size`, or there is no such process.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it counts from 1")
-        if batch_size % process_count:
-            raise ValueError(
-                f"batch_size {batch_size} does not divide among {process_count} processes: "
-                f"make it a multiple of {process_count}"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index is {process_index}; expected 0...{process_count - 1}")
-        self.rows = batch_size // process_count
-        self.batches_per_epoch = -(-num_clips // batch_size)
-        self._num_clips = num_clips
-        self._batch_size = batch_size
-        self._first_row = process_index * self.rows
-        self._shuffle_seed = shuffle_seed
-
-    def __len__(self) -> int:
-        """Rows in all; "for ever" stops short of where Grain's float arithmetic gets coarse."""
-        epoch = self.batches_per_epoch * self.rows
-        return epoch if self._shuffle_seed is None else 2**52 // epoch * epoch
-
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        """Returns the clip's index on this process's row `row` and its epoch, or `PADDING`."""
-        batch, row_in_batch = divmod(row, self.rows)
-        epoch, batch_in_epoch = divmod(batch, self.batches_per_epoch)
-        place = batch_in_epoch * self._batch_size + self._first_row + row_in_batch
-        if place >= self._num_clips:
-            return PADDING
-        if self._shuffle_seed is None:
-            return place, 0
-        return int(_permutation(self._shuffle_seed, epoch, self._num_clips)[place]), epoch
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, num_clips: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_clips)
 
 
 def stack_clips(clips: Sequence[Clip], *, with_frame_indices: bool = False) -> Batch:
@@ -115,7 +56,8 @@ class BatchIterator(Iterator[Batch]):
     views of each clip: `video` [B, V, T, H, W, 3], `num_frames` [B, V], `frame_indices` [B, V, T].
     Rows that fill up an epoch's last batch have mask False, video 0, label -1, num_frames 1 and
     id ""; a clip that could not be read, under `on_error="skip"`, has the same and its id. A clip
-    shorter than T under `short_clips="ragged"` is 0 from frame `num_frames` on.
+    shorter than T under `short_clips="ragged"` is 0 from frame `num_frames` on. T is the config's,
+    or in training with `length_buckets` the one of them that holds all clips of the global batch.
 
     An error in reading is raised by the batch that it belongs to and by every call after it, until
     `set_state` or `rewind`. Use from one thread.
@@ -143,7 +85,10 @@ class BatchIterator(Iterator[Batch]):
         cache: bool = False,
         with_frame_indices: bool = False,
     ):
-        """Reads nothing yet; threads or worker processes start with the first batch.
+        """Reads no picture yet; threads or worker processes start with the first batch.
+
+        With `length_buckets`, training clips are asked for their numbers of frames: for a moment
+        (folders), or as long as it takes to open every video or record once.
 
         Args:
             source: the clips; endless and shuffled by `options.seed` if `options.training`, else
@@ -158,7 +103,9 @@ class BatchIterator(Iterator[Batch]):
             with_frame_indices: batches say which frames of the source their clips are.
 
         Raises:
-            ValueError: the arguments do not fit together.
+            ValueError: the arguments do not fit together, or with `length_buckets` a clip cannot be
+                read.
+            FileNotFoundError: with `length_buckets`, a clip is gone.
         """
         if num_workers < 0:
             raise ValueError(f"dataset.num_workers is {num_workers}; expected 0 or more")
@@ -173,20 +120,22 @@ class BatchIterator(Iterator[Batch]):
         self.class_names = source.class_names
         self.has_labels = source.labels is not None
         self.multi_label = self.has_labels and source.labels.ndim == 2
+        self._reader = ClipReader(source, options, cache=cache)
+        lengths = self._reader.lengths() if options.length_buckets else None
         self._order = ClipOrder(
             self.num_clips,
             batch_size,
             shuffle_seed=options.seed if options.training else None,
+            lengths=lengths,
             process_index=process_index,
             process_count=process_count,
         )
         self.steps_per_epoch = self._order.batches_per_epoch
-        self._reader = ClipReader(source, options, cache=cache)
         self._stack = functools.partial(stack_clips, with_frame_indices=with_frame_indices)
         self._num_workers = num_workers
         self._timeout_s, self._endless = timeout_s, options.training
         self._source = source
-        self._fingerprint = _fingerprint(source, batch_size, options.seed)
+        self._fingerprint = _fingerprint(source, batch_size, options.seed, lengths)
         self._pictures: dict[str, str] | None = None
         self._position = 0  # batches handed out since the start of the first epoch
         self._batches: grain.DatasetIterator | None = None
@@ -263,7 +212,7 @@ class BatchIterator(Iterator[Batch]):
             raise ValueError(f"no position of the data: {state!r}; expected one of get_state()")
         differing = [
             f"{key} is {_short(value)} here and {_short(state.get(key))} in the saved position"
-            for key, value in self._fingerprint.items()
+            for key, value in {**dict.fromkeys(_OPTIONAL_KEYS), **self._fingerprint}.items()
             if state.get(key) != value
         ]
         if differing:
@@ -388,10 +337,12 @@ def _end_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
     threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
-def _fingerprint(source: Source, batch_size: int, seed: int) -> dict[str, Any]:
+def _fingerprint(
+    source: Source, batch_size: int, seed: int, lengths: np.ndarray | None
+) -> dict[str, Any]:
     """Returns what the order of the clips and their labels depends on, as JSON can hold it."""
     labels = [] if source.labels is None else source.labels.tolist()
-    return {
+    found = {
         "split": source.name,
         "seed": seed,
         "batch_size": batch_size,
@@ -400,6 +351,9 @@ def _fingerprint(source: Source, batch_size: int, seed: int) -> dict[str, Any]:
         "ids_sha256": _sha256("\n".join(source.ids)),
         "labels_sha256": _sha256(",".join(map(str, labels))),
     }
+    if lengths is not None:
+        found["lengths_sha256"] = _sha256(",".join(map(str, lengths.tolist())))
+    return found
 
 
 def _picture(source: Source, row: int) -> str:

@@ -57,6 +57,10 @@ class Source(Protocol):
         """
         ...
 
+    def video_info(self, index: int) -> VideoInfo:
+        """What `read` would tell `choose` of clip `index`; decodes no frame. Raises as `read`."""
+        ...
+
     def select(self, ids: Sequence[str]) -> Source:
         """The clips `ids` alone, in that order.
 

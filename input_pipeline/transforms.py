@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 from PIL import Image
 
 RESIZES = ("squash", "short_side")
-# Of JPEG frames. "pillow": pixel for pixel the reference's | "fast": OpenCV, which decodes the same
-# pixels and resizes without Pillow's wide filter.
+# How JPEG frames are resized. "pillow": pixel for pixel the reference's | "fast": OpenCV, without
+# Pillow's wide filter. Both are decoded to the same pixels.
 DECODERS = ("pillow", "fast")
 _FAST_LEAST_SHRINK = 2.0  # from here on bilinear sampling would leave pixels out
+# Start-of-frame markers (ITU-T T.81, table B.1) of Huffman-coded JPEGs: baseline, extended,
+# progressive.
+_FRAME_MARKERS = (0xC0, 0xC1, 0xC2)
+_NOT_FRAMES = (0xC4, 0xC8, 0xCC)  # tables and an extension, among the numbers of the frames
+_SCAN = 0xDA
 
 
-def decode_image(
-    file: str | Path | io.BytesIO, name: str = "", *, decoder: str = "pillow"
-) -> np.ndarray:
+def decode_image(file: str | Path | io.BytesIO, name: str = "") -> np.ndarray:
     """Reads one image file.
+
+    Grey and colour JPEGs are decoded by OpenCV, in less than half of Pillow's time, where its
+    library gives Pillow's pixels (which is tried once in each process); the rest by Pillow.
 
     Args:
         file: a path, or the file's bytes.
         name: what messages call it; by default the path.
-        decoder: one of `DECODERS`. What OpenCV cannot read goes to Pillow after all.
 
     Returns:
-        uint8 [H, W, 3], RGB, perhaps read-only: with "pillow" bit for bit
-        `PIL.Image.open(file).convert("RGB")`, as the reference reads it; with "fast" the same for
-        grey and colour JPEGs, not for those of four inks (CMYK).
+        uint8 [H, W, 3], RGB, perhaps read-only: bit for bit
+        `PIL.Image.open(file).convert("RGB")`, as the reference reads it.
 
     Raises:
         ValueError: the file is empty, cut short or no image, or cannot be read; it is named.
     """
-    if decoder == "fast":
-        frame = _decode_with_opencv(file)
-        if frame is not None:
-            return frame
+    frame = _decode_with_opencv(file) if _decode_alike() else None
+    if frame is not None:
+        return frame
     name = name or str(file)
     try:
-        with Image.open(file) as image:
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+        return _decode_with_pillow(file)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         # The system's word, not Pillow's.
         if isinstance(error, OSError) and error.errno is not None:
@@ -58,17 +62,62 @@ def decode_image(
         ) from error
 
 
+def _decode_with_pillow(file: str | Path | io.BytesIO) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
 def _decode_with_opencv(file: str | Path | io.BytesIO) -> np.ndarray | None:
-    """uint8 [H, W, 3], RGB; None where it cannot be read, of which Pillow will say why."""
+    """uint8 [H, W, 3], RGB; None for what is better left to Pillow, or that it shall explain."""
     import cv2
 
     try:
-        data = file.getbuffer() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+        if isinstance(file, io.BytesIO):
+            data = file.getvalue()
+        else:
+            with open(file, "rb") as opened:
+                data = opened.read()
+        if _num_components(data) not in (1, 3):
+            return None
         # As Pillow, it does not turn the picture by what its EXIF data may say.
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except (OSError, cv2.error):
         return None
+
+
+def _num_components(data: bytes) -> int:
+    """Colours of an 8-bit JPEG; 0 for anything else, and where its header is damaged.
+
+    The two libraries make RGB of four inks, of more bits and of other kinds of files each in its
+    own way.
+    """
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 10 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # filling
+            at += 1
+            continue
+        if marker in _FRAME_MARKERS:
+            return data[at + 9] if data[at + 4] == 8 else 0
+        if marker == _SCAN or (0xC0 <= marker <= 0xCF and marker not in _NOT_FRAMES):
+            break
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    return 0
+
+
+@functools.cache
+def _decode_alike() -> bool:
+    """Whether OpenCV and Pillow decode grey and colour JPEGs to the same pixels, as built here."""
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53, 3), np.uint8)
+    for picture in (pixels, pixels[..., 0]):
+        for options in ({}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}):
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "JPEG", **options)
+            if not np.array_equal(_decode_with_opencv(file), _decode_with_pillow(file)):
+                logging.info("OpenCV decodes JPEG otherwise than Pillow here: Pillow is used")
+                return False
+    return True
 
 
 def resize_array(

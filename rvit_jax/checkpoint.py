@@ -100,7 +100,7 @@ def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, 
         "class_names": list(class_names),
         "preprocessing": {
             "image_size": config.model.image_size,
-            "filter": "bicubic (Pillow)",
+            "filter": {"pillow": "bicubic (Pillow)", "fast": "bilinear (OpenCV)"}[dataset.decoder],
             "normalise": "(x / 255 - 0.5) / 0.5",
             **{key: dataset[key] for key in PREPROCESSING_KEYS},
         },
@@ -623,6 +623,11 @@ class LoadedModel:
     path: Path
     step: int
 
+    def resize(self, frame: np.ndarray) -> np.ndarray:
+        """One frame, uint8 [H, W, 3], as in training: uint8 [image_size, image_size, 3]."""
+        side, dataset = self.config.model.image_size, self.config.dataset
+        return resize_array(frame, side, dataset.resize, decoder=dataset.decoder)
+
     def preprocess(self, frames: np.ndarray) -> np.ndarray:
         """Frames as the model was trained on them.
 
@@ -640,8 +645,7 @@ class LoadedModel:
             raise ValueError(
                 f"frames: got {frames.dtype} {frames.shape}, expected uint8 [T, H, W, 3], RGB"
             )
-        side, how = self.config.model.image_size, self.config.dataset.resize
-        video = np.stack([resize_array(frame, side, how) for frame in frames])
+        video = np.stack([self.resize(frame) for frame in frames])
         if self.config.dataset.frame_packing == "channel_planes":
             video = pack_channel_planes(video)
         return np.asarray(normalise(video))

@@ -39,6 +39,7 @@ def largest_activations(
         variables: nnx.State, frame: Array, hidden: Array, active: Array
     ) -> tuple[list[Array], Array]:
         module = nnx.merge(graphdef, variables)
+        module.remat = "none"  # what is captured must leave the layers
         look = nnx.capture(RViT.step, nnx.Intermediate, method_outputs=nnx.Intermediate)
         (logits, new_hidden), seen = look(module, frame, hidden)
 

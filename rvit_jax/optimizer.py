@@ -50,8 +50,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     AdamW decays every parameter, biases and tokens too, decoupled from the gradient, as
     `torch.optim.AdamW` does; for "adam" and "sgd" the decay is part of the gradient, as in theirs.
     LAMB (arXiv:1904.00962) is AdamW whose update of each tensor has the length of the tensor,
-    before the learning rate: for large batches. The clip is of the gradient as it comes, frozen
-    parameters' included.
+    before the learning rate: for large batches. The clip is of the trained parameters' gradient.
 
     Raises:
         ValueError: on `init`, a pattern of `config.frozen` that matches no parameter.

@@ -337,6 +337,12 @@ def predict(args: argparse.Namespace) -> int:
                 "frames hold colours of other moments, and cannot be had one at a time; use "
                 "python -m rvit_jax.main --mode=evaluate"
             )
+        if dataset.sampling in ("uniform", "random"):
+            _warn(
+                f"{args.checkpoint} was trained on {dataset.num_frames} frames spread over each "
+                f"whole video (dataset.sampling={dataset.sampling}); a stream has no end to spread "
+                f"them to: it sees {dataset.frame_rate / dataset.frame_stride:g} a second"
+            )
         window = args.window
         if window is None:
             window = dataset.num_frames if any(video.endless for video in videos) else 0
@@ -360,7 +366,7 @@ def predict(args: argparse.Namespace) -> int:
         report = _Report(args, loaded.class_names)
         milliseconds: deque[float] = deque(maxlen=TIMED_FRAMES)
         try:
-            _run(args, streams, states, report, signals, (side, dataset.resize), milliseconds)
+            _run(args, streams, states, report, signals, loaded.resize, milliseconds)
         except _Stopped:
             pass  # as at the end; `signals` knows which
         except BrokenPipeError:
@@ -437,14 +443,11 @@ def _run(
     states: Any,
     report: _Report,
     signals: _Signals,
-    square: tuple[int, str],
+    resize: Callable[[np.ndarray], np.ndarray],
     milliseconds: deque,
 ) -> None:
     """The loop: the next frame of each stream that the model should see, one step, the answers."""
-    from input_pipeline.transforms import resize_array
-
-    side, how = square  # of a frame that the model reads, and how it is made
-    batch = np.zeros((len(streams), side, side, 3), np.uint8)
+    batch = None
     while True:
         active = np.array([_next_due(stream, report, signals) for stream in streams])
         if not active.any():
@@ -452,7 +455,10 @@ def _run(
         due = [(row, streams[row]) for row in np.flatnonzero(active)]
         start = time.perf_counter()
         for row, stream in due:
-            batch[row] = resize_array(stream.frame.image, side, how)
+            square = resize(stream.frame.image)
+            if batch is None:
+                batch = np.zeros((len(streams), *square.shape), np.uint8)
+            batch[row] = square
         probabilities = states.step(batch, active)
         milliseconds.append(1e3 * (time.perf_counter() - start))
         for row, stream in due:

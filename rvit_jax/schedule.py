@@ -11,7 +11,7 @@ there are two orders with the same numbers, `config.model.schedule`:
 
 Either way a clip is read in segments of at most `config.model.segment_frames` frames, so that no
 memory but the video's grows with longer clips. In training what is kept for the gradient is that of
-one segment, and the state before each: a longer clip's frames are computed twice.
+one segment, and the state before each: a longer clip's frames are computed once more.
 """
 
 from typing import TYPE_CHECKING

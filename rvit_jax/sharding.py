@@ -237,18 +237,19 @@ class Layout:
 def _begin_together(function: Any) -> Callable[..., Any]:
     """The compiled function; of several processes none runs it before all have compiled it.
 
-    Else those that are done first may give up waiting for the others (on CPUs after 30 s).
+    Else those that are done first may give up waiting for the others (on CPUs after 30 s). It is
+    compiled anew for batches of another length, which come to all processes at the same step.
     """
     if jax.process_count() == 1:
         return function
-    compiled = None
+    compiled: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
 
     def call(*arguments):
-        nonlocal compiled
-        if compiled is None:
-            compiled = function.lower(*arguments).compile()
+        shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
+        if shapes not in compiled:
+            compiled[shapes] = function.lower(*arguments).compile()
             distributed.wait("compiled")
-        return compiled(*arguments)
+        return compiled[shapes](*arguments)
 
     return call
 

@@ -144,6 +144,7 @@ class Lens:
             frame, factors = inputs  # [B, H, W, 3], [L, B, A, S]
             model = self._merge(leaves)
             model.eval()
+            model.remat = "none"  # the taps' maps must leave the layers; see the scan below
             taps = []
             for layer, factor in zip(model.layers, factors, strict=True):
                 taps.append(_Tap(layer.attention, factor))

@@ -40,7 +40,7 @@ import input_pipeline
 from configs import base
 from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
 from rvit_jax.checkpoint import write_json
-from rvit_jax.config import check_config, suggest
+from rvit_jax.config import check_config, leaf_keys, lookup, suggest
 from weights_converter import mapping
 from weights_converter.torch_rvit import TorchRViT
 
@@ -49,6 +49,11 @@ CONTENDERS = ("jax", *precision.LEVELS, "torch")
 UNTIMED_STEPS = 3
 # Keys that change how fast data come, not which.
 FREE_KEYS = ("data_dir", "num_workers", "cache")
+# What the recipe here has no part for; `dataset.augment.*` too.
+LEFT_OUT = (
+    *("init_from", "ema_decay", "dataset.length_buckets"),
+    *("optimizer.frozen", "optimizer.layer_decay", "optimizer.accumulation_steps"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,10 +283,18 @@ def check_comparable(config: ConfigDict, contenders: Sequence[str]) -> None:
         raise ValueError(
             f"config.optimizer.name={config.optimizer.name!r}: the comparison is of 'adamw'"
         )
-    if config.optimizer.frozen:
+    if config.loss.name not in ("smoothed_cross_entropy", "cross_entropy"):
         raise ValueError(
-            "config.optimizer.frozen: the comparison trains every parameter; set it to ()"
+            f"config.loss.name={config.loss.name!r}: the comparison is of one label per clip"
         )
+    defaults = base.get_config()
+    for key in leaf_keys(defaults):
+        left_out = key in LEFT_OUT or key.startswith("dataset.augment.")
+        if left_out and lookup(config, key) != lookup(defaults, key):
+            raise ValueError(
+                f"config.{key}={lookup(config, key)!r}: the comparison leaves it out; set it to "
+                f"{lookup(defaults, key)!r}"
+            )
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:

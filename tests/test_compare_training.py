@@ -51,6 +51,23 @@ def test_what_pytorchs_side_lacks_is_refused():
         compare_training.check_comparable(config, ("jax", "torch"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("loss.name", "binary_cross_entropy"),
+        ("dataset.augment.horizontal_flip", 0.5),
+        ("optimizer.accumulation_steps", 2),
+        ("optimizer.frozen", ("head/*",)),
+        ("ema_decay", 0.9),
+    ],
+)
+def test_what_the_recipe_has_no_part_for_is_refused(key, value):
+    config = base.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=rf"config\.{key}="):
+        compare_training.check_comparable(config, ("O1", "O0"))
+
+
 @pytest.mark.parametrize("names", [("jax",), ("O1", "O1"), ("O1", "pytorch")])
 def test_contenders_that_make_no_comparison_are_refused(names):
     with pytest.raises(ValueError, match="--contenders"):

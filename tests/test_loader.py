@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.base import get_config
-from input_pipeline import get_dataset, loader, transforms
-from input_pipeline.clips import PADDING
+from input_pipeline import get_dataset, order, transforms
 from tests.jester_folder import CLASSES, labelled, make_clip, make_set, reference_frame
 from tests.test_video_files import write_video
 
@@ -146,24 +145,21 @@ def test_processes_slice_the_same_global_batches(folder, process_count):
 def test_every_clip_once_an_epoch_for_any_number_of_processes(clips, processes, rows, epoch):
     batch_size = processes * rows
     orders = [
-        loader.ClipOrder(
-            clips, batch_size, shuffle_seed=5, process_index=p, process_count=processes
-        )
+        order.ClipOrder(clips, batch_size, shuffle_seed=5, process_index=p, process_count=processes)
         for p in range(processes)
     ]
-    alone = loader.ClipOrder(clips, batch_size, shuffle_seed=5)
+    alone = order.ClipOrder(clips, batch_size, shuffle_seed=5)
     steps = -(-clips // batch_size)
     joined = [
-        order[batch * rows + row]
+        part[batch * rows + row]
         for batch in range(epoch * steps, (epoch + 1) * steps)
-        for order in orders
+        for part in orders
         for row in range(rows)
     ]
     start = epoch * steps * batch_size
     assert joined == [alone[start + i] for i in range(steps * batch_size)]
-    real = [place for place in joined if place != PADDING]
-    assert sorted(clip for clip, _ in real) == list(range(clips))
-    assert {number for _, number in real} == {epoch}
+    assert sorted(place.index for place in joined if place.index >= 0) == list(range(clips))
+    assert {place.epoch for place in joined} == {epoch}
 
 
 def test_a_batch_that_does_not_divide_is_refused(folder):

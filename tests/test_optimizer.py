@@ -340,6 +340,12 @@ class TestNotFinite:
         assert found["logits"] == pytest.approx(max(answers), rel=1e-5)
         assert found["state"] >= state * (1 - 1e-5)
 
+    def test_largest_activations_of_rematerialised_layers(self):
+        clips = random_video(2, 3), np.array([3, 2]), np.array([True, True])
+        expected = diagnose.largest_activations(small_model(), *clips)
+        found = diagnose.largest_activations(small_model(remat="layers"), *clips)
+        assert found == pytest.approx(expected, rel=1e-6)
+
     def test_the_first_stage_that_overflows_is_seen(self):
         model = small_model()
         model.layers[1].mlp.dense_out.kernel[...] = jnp.full((24, 16), jnp.inf)

@@ -17,6 +17,7 @@ from tests.test_loader import assert_equal_batches, ids, take
 from tests.test_video_files import write_video
 
 KINDS = ("jester", "jester_tfds", "video_folder", "gestures")
+IN_BUCKETS = {"dataset.short_clips": "ragged", "dataset.length_buckets": (2, 3)}
 NUM_CLIPS = {"train": 11, "validation": 5}  # nothing that 2, 3, 4 or 8 divides
 NUM_BATCHES = 26  # of 4 clips: eight epochs of three batches, and two more
 PLACES = sorted(np.random.default_rng(0).integers(0, NUM_BATCHES - 2, 20).tolist())
@@ -44,19 +45,21 @@ def folders(tmp_path_factory):
     return {kind: root / kind for kind in KINDS}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(
+    params=[*((name, {}) for name in KINDS), *((name, IN_BUCKETS) for name in KINDS[:3])],
+    ids=lambda param: param[0] + (", buckets" if param[1] else ""),
+)
 def kind(request, folders):
     """Opens a split of one kind: (split, process=(index, count), **config keys) -> batches."""
+    name, options = request.param
 
     def open_split(split="train", *, process=(0, 1), **keys):
         config = get_config()
         config.seed, config.batch_size, config.model.image_size = 3, 4, 8
-        config.dataset.update(
-            name=request.param, data_dir=str(folders[request.param]), classes=CLASSES, num_frames=4
-        )
+        config.dataset.update(name=name, data_dir=str(folders[name]), classes=CLASSES, num_frames=4)
         config.dataset.sampling = "random"  # draws must not depend on who reads either
         config.dataset.generate.update(**NUM_CLIPS)
-        config.update_from_flattened_dict(keys)
+        config.update_from_flattened_dict({**options, **keys})
         return get_dataset(config, split, process_index=process[0], process_count=process[1])
 
     return open_split

@@ -329,15 +329,17 @@ def test_an_input_that_fails_amid_its_frames_does_not_end_the_others(
     assert results == {str(broken): 3, str(folder): 10}
 
 
-def test_frames_become_squares_as_in_training(capsys, tmp_path, folder, pixels):
+@pytest.mark.parametrize(("key", "value"), [("resize", "short_side"), ("decoder", "fast")])
+def test_frames_become_squares_as_in_training(capsys, tmp_path, folder, pixels, key, value):
     """A model that saw the middle of each frame is shown the middle."""
     checkpoint = saved_model(tmp_path / "m", attention="softmax")
     description = json.loads((checkpoint / "model.json").read_text())
-    description["config"]["dataset"]["resize"] = "short_side"
+    description["config"]["dataset"][key] = value
     (checkpoint / "model.json").write_text(json.dumps(description))
     loaded = rvit_jax.load(checkpoint)
     side = loaded.config.model.image_size
-    expected = np.stack([resize_array(frame, side, "short_side") for frame in pixels])
+    options = {"short_side": {"how": value}, "fast": {"decoder": value}}[value]
+    expected = np.stack([resize_array(frame, side, **options) for frame in pixels])
     video = loaded.preprocess(pixels)
     np.testing.assert_allclose(video, expected / 127.5 - 1, atol=1e-6)
     _, lines, _ = run(capsys, "--checkpoint", checkpoint, "--input", folder, "--json")

@@ -189,6 +189,17 @@ def test_nothing_else_draws_with_the_key_of_a_part():
         jax.random.normal(key, (2,))
 
 
+def test_batches_of_another_length_are_compiled_together_too(monkeypatch):
+    """As length buckets make them; each process compiles at the same step and waits once."""
+    waits = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(sharding.distributed, "wait", waits.append)
+    total = sharding._begin_together(jax.jit(lambda batch: batch["video"].sum()))
+    for num_frames in (4, 6, 4, 6):
+        assert float(total({"video": np.ones((2, num_frames))})) == 2 * num_frames
+    assert waits == ["compiled"] * 2
+
+
 def test_one_device_has_no_mesh():
     """Then nothing is wrapped: the program is what it is without this module."""
     layout = sharding.make_layout(spread_config(1, 1))

@@ -178,6 +178,19 @@ class TestOptimizer:
         np.testing.assert_allclose(optax.tree.norm(change), 0.1 * norm, rtol=1e-4)
         np.testing.assert_allclose(optax.tree.norm(clipped_change), 0.1 * norm / 4, rtol=1e-4)
 
+    def test_the_clip_is_of_what_is_trained(self):
+        """Frozen parameters' gradients do not shorten the others' steps."""
+        sgd = {"name": "sgd", "betas": (0.0, 0.9), "weight_decay": 0.0, "frozen": ("layers/*",)}
+        step, state = tiny_training(**sgd)
+        free, sums = step(state, random_batch())
+        change = jax.tree.map(lambda a, b: a - b, free.params, state.params)
+        norm = float(optax.tree.norm(change)) / 0.1
+        assert norm < 0.99 * float(sums["grad_norm"])  # the record's norm is of the whole
+        clipped_step, state = tiny_training(**sgd, clip_norm=norm / 2)
+        clipped, _ = clipped_step(state, random_batch())
+        change = jax.tree.map(lambda a, b: a - b, clipped.params, state.params)
+        np.testing.assert_allclose(optax.tree.norm(change), 0.1 * norm / 2, rtol=1e-4)
+
     def test_adamw_decays_every_parameter(self):
         step, state = tiny_training(weight_decay=0.5)
         other, _ = tiny_training(weight_decay=0.0)

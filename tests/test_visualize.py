@@ -64,6 +64,16 @@ def test_logits_are_the_models(kind):
         np.testing.assert_allclose(look.logits[:, t], logits, rtol=1e-5, atol=1e-5)
 
 
+def test_rematerialised_layers_are_seen_alike():
+    looks = []
+    for remat in ("dots", "layers"):
+        model = small_model(attention="softmax", remat=remat)
+        looks.append(jax.device_get(visualize.Lens(model)(random_video(2, 4), REAL)))
+    for name in ("logits", "query", "state", "rollout", "gradient"):
+        expected, found = (getattr(look, name) for look in looks)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
 def test_softmax_maps_by_hand_in_every_frame_and_layer():
     model, video, look = looked("softmax")
     hidden = model.initial_hidden(2)
