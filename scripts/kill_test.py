@@ -30,6 +30,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+# For the processes that a run starts in turn: they get this path, not what is already imported.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 LIMIT_S = 900.0  # that one start may take
 NUM_EPOCHS = 6
 
