@@ -570,7 +570,9 @@ def _is_no_traceback_of_orbax(record: python_logging.LogRecord) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line), repr(error))
+    """What an error says, without the driver's settings that TensorStore adds."""
+    line = next((line for line in str(error).strip().splitlines() if line), repr(error))
+    return line.split(" [tensorstore_spec", 1)[0]
 
 
 def check_free(workdir: Path) -> None:

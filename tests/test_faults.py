@@ -180,6 +180,7 @@ class TestDamage:
         aside = [f.name for f in (workdir / "damaged").iterdir()]
         assert len(lines) == 1
         assert re.search(cause, lines[0])
+        assert "tensorstore_spec" not in lines[0]
         assert str(workdir / "damaged" / aside[0]) in lines[0]
         if aside == ["3"]:  # nothing of it is lost
             assert step == 2
