@@ -65,6 +65,7 @@ class _StopRequest:
         self.signum: int | None = None
         self._several = jax.process_count() > 1
         self._next = 0  # step to ask JAX about
+        self._reason = signal.SIGTERM  # of a stop that JAX tells of
 
     def look(self, step: int) -> None:
         """Asks whether to stop before `step`; of several processes each does, at every step."""
@@ -78,7 +79,7 @@ class _StopRequest:
         ]
         self._next = step + 1
         if any(stops):
-            self.signum = signal.SIGTERM
+            self.signum = self._reason
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -93,6 +94,7 @@ class _StopRequest:
     def _pass_on(self, signum: int, _frame) -> None:
         """Of several processes the others must hear of it: a Ctrl-C becomes a SIGTERM."""
         signal.signal(signum, lambda *_: os._exit(128 + signum))
+        self._reason = signum
         os.write(2, b"\nall processes stop after this step; once more to leave at once\n")
         os.kill(os.getpid(), signal.SIGTERM)
 
