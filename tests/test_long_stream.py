@@ -34,5 +34,8 @@ def test_memory_stays_flat_over_gigabytes(tmp_path):
     *told, last = done.stdout.splitlines()
     result = json.loads(last)
     assert (result["clips"], result["bytes"] > 2.3e9) == (15_000, True)
-    assert result["peak_mib"] - result["start_mib"] < 120
+    # What a gigabyte more adds is the ledger of clips; the rest is there from the first one on.
+    assert result["peak_mib"] < 450
     assert [line.split()[0] for line in told] == ["1", "2"]
+    first, second = (float(line.split()[-2]) for line in told)
+    assert second - first < 30
