@@ -14,6 +14,7 @@ checkpoint folder is complete in itself: it may be moved or copied.
 """
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
@@ -220,7 +221,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, Any] | None
     ) -> None:
-        """Saves in the background what a step needs to go on.
+        """Saves in the background what a step needs to go on; the caller may change it at once.
 
         A step that is there already gets the metrics that it lacked, and is left as it is.
 
@@ -242,7 +243,10 @@ class Checkpoints:
             return
         self._metrics[step] = metrics
         arrays = _items(state)
-        meta = sealed(meta, arrays, data_position)
+        # Orbax writes JSON later, from the object itself: what training has added by then would
+        # be in the file, and the checksum of another.
+        data_position = copy.deepcopy(data_position)
+        meta = copy.deepcopy(sealed(meta, arrays, data_position))
         with self._saving():
             saved = self._manager.save(
                 step,

@@ -11,12 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -198,6 +200,27 @@ class TestDamage:
                 checkpoints.save(at_step(make_state(), 3), position(3), METRICS)
             assert len(list((workdir / "damaged").iterdir())) == time_
         assert go_on(workdir) == (3, [])
+
+    def test_what_is_saved_is_what_was_handed_over(self, tmp_path, monkeypatch):
+        """Training adds to its sums while the position that holds them is being written."""
+        handed_on, write = threading.Event(), ocp.JsonCheckpointHandler._save_fn
+
+        async def write_late(self, content, directory):
+            assert handed_on.wait(60)
+            return await write(self, content, directory)
+
+        monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", write_late)
+        metrics, sums = dict(METRICS), {"loss": 2.5}
+        with open_run(tmp_path) as checkpoints:
+            handed = {**position(4), "sums": sums}
+            checkpoints.save(at_step(make_state(), 4), handed, metrics)
+            handed["position"], sums["loss"], metrics["top1"] = 5, 3.5, 0.0
+            handed_on.set()
+            checkpoints.wait()
+            _, data = checkpoints.restore_latest(make_state())
+        assert data == {**position(4), "sums": {"loss": 2.5}}
+        written = json.loads((tmp_path / "checkpoints/4/meta/model.json").read_text())
+        assert written["metrics"] == METRICS
 
     def test_all_damaged_stops_the_run_again_and_again(self, workdir):
         for folder in (workdir / "checkpoints").iterdir():
