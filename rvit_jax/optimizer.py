@@ -8,6 +8,8 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from rvit_jax.config import check_choice
+
 
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, num_epochs: int
@@ -18,7 +20,11 @@ def learning_rate_schedule(
         config: `config.optimizer`.
         steps_per_epoch: optimizer steps of an epoch.
         num_epochs: length of the run; the cosine reaches 0 there.
+
+    Raises:
+        ValueError: `config.schedule` is unknown.
     """
+    check_choice("optimizer.schedule", config.schedule)
     rate, warmup = config.learning_rate, config.warmup_epochs
     if config.schedule == "constant":
         return optax.constant_schedule(rate)
@@ -53,8 +59,10 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     before the learning rate: for large batches. The clip is of the trained parameters' gradient.
 
     Raises:
-        ValueError: on `init`, a pattern of `config.frozen` that matches no parameter.
+        ValueError: `config.name` is unknown; on `init`, a pattern of `config.frozen` that matches
+            no parameter.
     """
+    check_choice("optimizer.name", config.name)
     chain = []
     if config.clip_norm:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
