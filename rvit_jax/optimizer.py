@@ -141,17 +141,23 @@ def _is_schedule(node: object) -> bool:
 
 def _label_frozen(params: nnx.State, patterns: tuple[str, ...]):
     """A tree like `params` that says "frozen" or "trained"."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    paths = [path_string(path) for path, _ in leaves]
+
+    def name_of(path: tuple) -> str:
+        return path_string(path).removesuffix("/value")  # where nnx keeps a parameter's array
+
+    def is_meant(name: str, pattern: str) -> bool:
+        return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(f"{name}/value", pattern)
+
+    paths = [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for pattern in patterns:
-        if not fnmatch.filter(paths, pattern):
+        if not any(is_meant(name, pattern) for name in paths):
             raise ValueError(
                 f"config.optimizer.frozen: {pattern!r} matches no parameter; they are called "
                 f"{', '.join(paths[:4])}, ..."
             )
 
     def label_one(path: tuple, _):
-        name = path_string(path)
-        return "frozen" if any(fnmatch.fnmatch(name, p) for p in patterns) else "trained"
+        frozen = any(is_meant(name_of(path), pattern) for pattern in patterns)
+        return "frozen" if frozen else "trained"
 
     return jax.tree_util.tree_map_with_path(label_one, params)
