@@ -17,37 +17,13 @@ from configs import base
 
 def get_config(variant: str | None = None) -> ConfigDict:
     """Returns the config of RViT-L or, for "xl", of RViT-XL."""
-    config = base.get_config()
+    if variant not in (None, "xl"):
+        raise ValueError(f"configs/ssv2.py has no variant {variant!r}: leave it out, or say :xl")
+    config = base.get_large_config(xl=variant == "xl")
 
-    config.model.image_size = 224
-    config.model.patch_size = 16
-    config.model.hidden_size = 768
-    config.model.num_layers = 8
-    config.model.num_heads = 12
-    config.model.mlp_dim = 3072
     config.model.num_classes = 174
-    config.model.remat = "frames"
 
     config.dataset.name = "ssv2"
     config.dataset.data_dir = "data/ssv2"
-    config.dataset.num_frames = 32
     config.dataset.sampling = "random"  # the whole action counts: in evaluation, evenly spread
-    config.dataset.resize = "short_side"
-    config.dataset.augment.horizontal_flip = 0.5  # left and right change places in the labels too
-    config.dataset.num_workers = 16
-    config.views.spatial = 3
-
-    config.optimizer.weight_decay = 0.05
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_epochs = 5.0
-    config.optimizer.clip_norm = 1.0
-
-    config.batch_size = 64
-    config.num_epochs = 50
-
-    if variant == "xl":
-        config.model.num_layers = 12
-        config.dataset.num_frames = 64
-    elif variant is not None:
-        raise ValueError(f"configs/ssv2.py has no variant {variant!r}: leave it out, or say :xl")
     return config

@@ -121,22 +121,20 @@ def _open(
     config: ConfigDict, split: str
 ) -> tuple[list[tuple[str, str]], Sequence[str], Callable[[int], _Reading]]:
     """Problems of the split's list, its clips, and how one of them is read."""
+    if config.dataset.name in ("jester", "gestures"):
+        survey = jester.survey_split(os.path.expanduser(config.dataset.data_dir), split)
+        folders = [survey.frames_dir / clip_id for clip_id in survey.ids]
+        listed = [("list", message) for message in survey.problems]
+        return listed, survey.ids, lambda index: _read_folder(folders[index])
+    config = config.copy_and_resolve_references()
+    config.dataset.missing = "skip"  # to be listed, whatever training does
+    source = input_pipeline.open_source(config, split)
     if config.dataset.name in input_pipeline.VIDEO_NAMES:
-        config = config.copy_and_resolve_references()
-        config.dataset.missing = "skip"  # to be listed, whatever training does
-        source = input_pipeline.open_source(config, split)
-        missing = [("missing", f"the video of {clip_id} is missing") for clip_id in source.missing]
-        return missing, source.ids, lambda index: _read_clip(source, index)
-    if config.dataset.name == "jester_tfds":
-        source = input_pipeline.open_source(config, split)
+        listed = [("missing", f"the video of {clip_id} is missing") for clip_id in source.missing]
+    else:
         what = f"{source.num_missing} clips of the CSV were left out when the set was prepared"
         listed = [("missing", f"{what}: see its report")] if source.num_missing else []
-        return listed, source.ids, lambda index: _read_clip(source, index)
-    data_dir = os.path.expanduser(config.dataset.data_dir)
-    survey = jester.survey_split(data_dir, split)
-    folders = [survey.frames_dir / clip_id for clip_id in survey.ids]
-    listed = [("list", message) for message in survey.problems]
-    return listed, survey.ids, lambda index: _read_folder(folders[index])
+    return listed, source.ids, lambda index: _read_clip(source, index)
 
 
 def _read_clip(source: Source, index: int) -> _Reading:

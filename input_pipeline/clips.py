@@ -95,6 +95,19 @@ class ClipOptions:
                 "dataset.frame_packing=channel_planes mixes the planes of all T frames, so every "
                 "clip must have T: set dataset.short_clips=repeat_last"
             )
+        jitters, spread = self.frame_rate_jitter != (1.0, 1.0), ("uniform", "random")
+        in_order = self.frame_order == "forward" and self.frame_packing == "rgb"
+        if self.training and (self.time_reversal > 0 or jitters) and not in_order:
+            raise ValueError(
+                "dataset.augment.time_reversal and frame_rate_jitter need frames in their order: "
+                "set dataset.frame_order=forward and dataset.frame_packing=rgb"
+            )
+        if self.training and jitters and self.sampling in spread:
+            raise ValueError(
+                "dataset.augment.frame_rate_jitter has no effect with "
+                f"dataset.sampling={self.sampling}, whose frames are spread over the whole video: "
+                "set it to (1.0, 1.0), or sampling to 'dense'"
+            )
         if self.length_buckets and self.short_clips != "ragged":
             raise ValueError(
                 f"dataset.length_buckets={self.length_buckets} are for clips of several lengths, "

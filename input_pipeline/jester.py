@@ -152,10 +152,10 @@ def read_split(
     Clips are looked up by id. Deviation: the reference takes the n-th folder of a sorted list for
     id n, so that with a folder missing every label after it belongs to another video.
 
-    Three layouts are known: `20bn-jester-v1/<id>/` with the CSVs in
-    `annotations/` or `20bn-jester-v1/annotations/` (the archive's), `video/<id>/` with `label/`
-    (the reference's), and everything in `data_dir` itself. Clips of known classes that are not
-    wanted are left out; a class is known if it is Jester's or in the labels CSV.
+    Three layouts are known: `20bn-jester-v1/<id>/` with the CSVs in `annotations/` or
+    `20bn-jester-v1/annotations/` (the archive's), `video/<id>/` with `label/` (the reference's),
+    and everything in `data_dir` itself. Clips of known classes that are not wanted are left out; a
+    class is known if it is Jester's or in the labels CSV.
 
     Args:
         data_dir: the folder of the data.

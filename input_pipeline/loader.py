@@ -9,7 +9,6 @@ import hashlib
 import os
 import signal
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,12 +21,11 @@ from input_pipeline.clips import Clip, ClipOptions, ClipReader
 from input_pipeline.cpus import num_cpus
 from input_pipeline.order import ClipOrder
 from input_pipeline.source import Source, VideoInfo
-from input_pipeline.watch import WatchedBatches, WorkerError
+from input_pipeline.watch import WatchedBatches, WorkerError, end_with_parent
 
 Batch = dict[str, np.ndarray]
 _MOST_THREADS = 16
 _WORKER_BUFFER = 2  # batches that each worker process keeps ready
-_PARENT_CHECK_S = 0.5
 _OPTIONAL_KEYS = ("lengths_sha256",)  # of a position; both must have it, or neither
 _SAMPLED_CLIPS = 32  # whose pictures stand for those of the whole split
 
@@ -287,7 +285,7 @@ class BatchIterator(Iterator[Batch]):
             grain.MultiprocessingOptions(
                 num_workers=self._num_workers, per_worker_buffer_size=_WORKER_BUFFER
             ),
-            worker_init_fn=functools.partial(_end_with_parent, os.getpid()),
+            worker_init_fn=functools.partial(_begin_work, os.getpid()),
         )
         return WatchedBatches(iter(workers), timeout_s=self._timeout_s, endless=self._endless)
 
@@ -317,24 +315,14 @@ def _stop_reading() -> None:
         freeing.apply(int)  # its turn comes after all that waits
 
 
-def _end_with_parent(parent: int, worker_index: int, worker_count: int) -> None:
-    """Ends this worker process soon after its parent, which may be killed without a word.
-
-    Linux's PR_SET_PDEATHSIG will not do: it fires when the *thread* ends that started the worker,
-    and Grain starts workers from threads that it ends before them.
-    """
+def _begin_work(parent: int, worker_index: int, worker_count: int) -> None:
+    """In a worker process, before it reads: it ends with its parent, and not by itself."""
     del worker_index, worker_count
     # A terminal's Ctrl-C and a cluster's SIGTERM go to all processes; what they mean, the parent
     # decides. Grain ends its workers by other means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+    end_with_parent(parent)
 
 
 def _fingerprint(

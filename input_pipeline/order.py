@@ -27,10 +27,10 @@ class ClipOrder:
     """One process's rows, one after the other: row number -> `Place`.
 
     An epoch is ceil(num_clips / B) global batches of B rows, the last one filled up with padding
-    (Deviation: the reference drops the clips of a last partial batch);
-    process p of P holds rows [p * B/P, (p + 1) * B/P) of each. So the order of the global batches
-    depends on the seed, the clips' lengths if they are given, their number and B, and on nothing
-    else: processes need not tell each other anything.
+    (Deviation: the reference drops the clips of a last partial batch); process p of P holds rows
+    [p * B/P, (p + 1) * B/P) of each. So the order of the global batches depends on the seed, the
+    clips' lengths if they are given, their number and B, and on nothing else: processes need not
+    tell each other anything.
 
     With lengths, an epoch's shuffled clips are sorted by length, clips of one length staying in
     their random order, cut in batches, and the batches shuffled: each is as long as its longest

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 _LOOK_S = 1.0  # between two looks at the workers, while a batch is waited for
 _LET_GO_S = 3.0  # that a read has to end in once its workers have
+_PARENT_CHECK_S = 0.5
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process soon after its parent, which may be killed without a word.
+
+    Linux's PR_SET_PDEATHSIG will not do: it fires when the *thread* ends that started the process,
+    and Grain starts workers from threads that it ends before them.
+
+    Args:
+        parent: its process number.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
 
 
 class WorkerError(RuntimeError):

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from rvit_jax.config import check_choice
 from rvit_jax.layers import LayerNorm, Linear, UnusedParam, in_float32
 from rvit_jax.shapes import Projected, Tokens
-
-ATTENTION_KINDS = ("linear", "softmax", "reattention")
 
 Heads = Float[Array, "B A S C"]
 AttentionMaps = Float[Array, "B A S S"]
@@ -53,8 +52,8 @@ class AttentionGate(nnx.Module):
     Args:
         hidden_size: D.
         num_heads: A; divides D. Channel c of q, k and v belongs to head `c // (D / A)`.
-        kind: one of `ATTENTION_KINDS`. "reattention" mixes the softmax maps across heads with a
-            learned A x A matrix and normalises the result over the heads (DeepViT, 2021).
+        kind: one of `config.ATTENTION_KINDS`. "reattention" mixes the softmax maps across heads
+            with a learned A x A matrix and normalises the result over the heads (DeepViT, 2021).
         unused_reattention: carry re-attention parameters that take no part in the computation,
             as the reference's later source does; only for `kind` other than "reattention".
         rngs: for the initial parameters.
@@ -72,8 +71,7 @@ class AttentionGate(nnx.Module):
         unused_reattention: bool = False,
         rngs: nnx.Rngs,
     ):
-        if kind not in ATTENTION_KINDS:
-            raise ValueError(f"attention kind {kind!r}: choose from {', '.join(ATTENTION_KINDS)}")
+        check_choice("model.attention", kind)
         self.kind = kind
         self.num_heads = num_heads
         self.to_qkv = Linear(hidden_size, 3 * hidden_size, rngs=rngs)

@@ -69,6 +69,17 @@ FREE_KEYS = (
     "views.temporal",
     "views.spatial",
 )
+# Keys of config.dataset that belong to a trained model.
+PREPROCESSING_KEYS = (
+    "num_frames",
+    "frame_stride",
+    "frame_rate",
+    "sampling",
+    "resize",
+    "decoder",
+    "short_clips",
+    "frame_packing",
+)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -110,19 +121,6 @@ def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, 
             **{module.__name__: module.__version__ for module in (jax, np)},
         },
     }
-
-
-# Keys of config.dataset that belong to a trained model.
-PREPROCESSING_KEYS = (
-    "num_frames",
-    "frame_stride",
-    "frame_rate",
-    "sampling",
-    "resize",
-    "decoder",
-    "short_clips",
-    "frame_packing",
-)
 
 
 class _KeepLatestAndBest(policies.PreservationPolicy):
@@ -621,6 +619,7 @@ class LoadedModel:
         class_names: K names, in index order.
         path: the checkpoint folder that it came from.
         step: updates made in training; 0 for a converted model.
+        description: its `model.json`, see `describe_model`.
     """
 
     model: CompiledRViT
@@ -628,6 +627,7 @@ class LoadedModel:
     class_names: tuple[str, ...]
     path: Path
     step: int
+    description: dict[str, Any]
 
     def resize(self, frame: np.ndarray) -> np.ndarray:
         """One frame, uint8 [H, W, 3], as in training: uint8 [image_size, image_size, 3]."""
@@ -699,6 +699,7 @@ def load(path: str | os.PathLike) -> LoadedModel:
         class_names=tuple(description["class_names"]),
         path=folder,
         step=int(description.get("step", 0)),
+        description=description,
     )
 
 

@@ -339,9 +339,6 @@ def evaluate(
     layout = sharding.make_layout(config)
     parts = distributed.part_of_batches()
     dataset = input_pipeline.get_dataset(config, split, training=False, **parts)
-    module = loaded.model.module
-    graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
-    loss_per_clip = losses.make_loss(config.loss)
     multi_label = config.loss.name == "binary_cross_entropy"
     if dataset.has_labels and dataset.multi_label != multi_label:
         raise ValueError(
@@ -349,17 +346,11 @@ def evaluate(
             f"{'several labels' if dataset.multi_label else 'one label'} each: take the config "
             "that the model was trained with"
         )
-    scrambled = config.dataset.frame_packing == "channel_planes"
-    if scrambled or multi_label or max(config.views.values()) > 1:
-        # No one answer before the clip is over: frames that hold colours of other moments, several
-        # labels, several clips.
-        eval_step = steps.make_eval_step(
-            graphdef, loss_per_clip, ragged=is_ragged(config), multi_label=multi_label
-        )
-    else:
-        eval_step = steps.make_anytime_step(graphdef, loss_per_clip)
+    module = loaded.model.module
+    module.schedule, module.segment_frames = config.model.schedule, config.model.segment_frames
+    graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
     result = evaluate_split(
-        layout.compile_whole(eval_step),
+        layout.compile_whole(_choose_step(config, graphdef)),
         layout.place(params, whole=True),
         layout.place(fixed, whole=True),
         dataset,
@@ -387,6 +378,22 @@ def evaluate(
     return record
 
 
+def _choose_step(config: ConfigDict, graphdef: nnx.GraphDef) -> EvalStep:
+    """The step that answers after every frame, or at the end alone.
+
+    There is no one answer before the clip is over where frames hold colours of other moments, a
+    clip has several labels, or an answer is that of several clips.
+    """
+    loss_per_clip = losses.make_loss(config.loss)
+    multi_label = config.loss.name == "binary_cross_entropy"
+    scrambled = config.dataset.frame_packing == "channel_planes"
+    if scrambled or multi_label or max(config.views.values()) > 1:
+        return steps.make_eval_step(
+            graphdef, loss_per_clip, ragged=is_ragged(config), multi_label=multi_label
+        )
+    return steps.make_anytime_step(graphdef, loss_per_clip)
+
+
 def seconds_per_frame(config: ConfigDict) -> float | None:
     """From one frame that the model reads to the next; None where clips differ in it."""
     if config.dataset.sampling in ("uniform", "random"):
@@ -404,18 +411,24 @@ def use_checkpoint_config(
 ) -> ConfigDict:
     """`config` with the model and the preprocessing that a checkpoint was trained with.
 
+    Of the model, what changes no number (`checkpoint.FREE_KEYS`) may be asked for.
+
     Raises:
         ValueError: the command line asks for another model.
     """
     config = config.copy_and_resolve_references()
+    free = {}
     for key in overrides:
         section, _, name = key.partition(".")
-        if section == "model" and trained.model.get(name) != config.model[name]:
+        if section == "model" and key in checkpoint.FREE_KEYS:
+            free[name] = config.model[name]
+        elif section == "model" and trained.model.get(name) != config.model[name]:
             raise ValueError(
                 f"--config.{key}={config.model[name]!r} contradicts the checkpoint, which was "
                 f"trained with {trained.model.get(name)!r}: leave it out"
             )
     config.model = trained.model.copy_and_resolve_references()
+    config.model.update(free)
     for name in checkpoint.PREPROCESSING_KEYS:
         if f"dataset.{name}" not in overrides:
             config.dataset[name] = trained.dataset[name]

@@ -31,8 +31,8 @@ class EventDetector:
 
     An event begins when one class's probability has been at least `begin` for `patience` answers
     in a row, and ends when it has been below `end` for as many, when another class is believed, or
-    when the stream is over. Two
-    thresholds, so that an answer that wavers about one of them is one event.
+    when the stream is over. Two thresholds, so that an answer that wavers about one of them is one
+    event.
 
     Args:
         class_names: K names, in index order.

@@ -18,7 +18,6 @@ All other keys of `config.model` that shape the network must agree.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 from jaxtyping import Array
 from ml_collections import ConfigDict
@@ -119,7 +117,7 @@ def _go_on(
     variables = nnx.to_pure_dict(nnx.state(loaded.model.module))
     state = _with_variables(state, variables)
     notes = [f"weights from {loaded.path}"]
-    description = json.loads((loaded.path / "model.json").read_text()) if _converted(loaded) else {}
+    description = loaded.description
     if not (loaded.path / "optimizer").is_dir() or "converted_from" not in description:
         return Start(state, 0, tuple(notes))
     if config.optimizer.name != "adamw":
@@ -286,11 +284,6 @@ def _runs(numbers: list[int]) -> str:
     return "+".join(map(str, numbers))
 
 
-def _converted(loaded: checkpoint.LoadedModel) -> bool:
-    """A converted model holds its description at the top, a step of training in `meta/`."""
-    return (loaded.path / "model.json").is_file()
-
-
 def _differing(
     config: ConfigDict, loaded: checkpoint.LoadedModel, keys: Iterable[str]
 ) -> list[str]:
@@ -359,16 +352,11 @@ def _check_same_width(config: ConfigDict, source: vit.Weights) -> None:
 
 
 def _restore_optimizer(loaded: checkpoint.LoadedModel) -> optax.OptState:
-    """The checkpoint's optax state, in the chain of its own config."""
+    """The checkpoint's optax state, in the chain of its own config; see `read_arrays`."""
     params = nnx.state(loaded.model.module, nnx.Param)
     chain = optimizer.make_optimizer(loaded.config.optimizer, lambda step: 0.0)
     item = {"step": jnp.zeros((), jnp.int32), "state": chain.init(params)}
-    template = jax.tree.map(ocp.utils.to_shape_dtype_struct, item)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(loaded.path.absolute() / "optimizer", template)["state"]
-    except Exception as error:  # Orbax raises many kinds
-        raise ValueError(f"{loaded.path}: the optimizer's state cannot be read: {error}") from error
+    return checkpoint.read_arrays(loaded.path, "optimizer", item, loaded.description)["state"]
 
 
 def _is_node(node: Any) -> bool:

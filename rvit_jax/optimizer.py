@@ -8,6 +8,8 @@ import optax
 from flax import nnx
 from ml_collections import ConfigDict
 
+from rvit_jax.config import check_choice
+
 
 def learning_rate_schedule(
     config: ConfigDict, steps_per_epoch: int, num_epochs: int
@@ -18,7 +20,11 @@ def learning_rate_schedule(
         config: `config.optimizer`.
         steps_per_epoch: optimizer steps of an epoch.
         num_epochs: length of the run; the cosine reaches 0 there.
+
+    Raises:
+        ValueError: `config.schedule` is unknown.
     """
+    check_choice("optimizer.schedule", config.schedule)
     rate, warmup = config.learning_rate, config.warmup_epochs
     if config.schedule == "constant":
         return optax.constant_schedule(rate)
@@ -53,8 +59,10 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     before the learning rate: for large batches. The clip is of the trained parameters' gradient.
 
     Raises:
-        ValueError: on `init`, a pattern of `config.frozen` that matches no parameter.
+        ValueError: `config.name` is unknown; on `init`, a pattern of `config.frozen` that matches
+            no parameter.
     """
+    check_choice("optimizer.name", config.name)
     chain = []
     if config.clip_norm:
         chain.append(optax.clip_by_global_norm(config.clip_norm))
@@ -133,17 +141,23 @@ def _is_schedule(node: object) -> bool:
 
 def _label_frozen(params: nnx.State, patterns: tuple[str, ...]):
     """A tree like `params` that says "frozen" or "trained"."""
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    paths = [path_string(path) for path, _ in leaves]
+
+    def name_of(path: tuple) -> str:
+        return path_string(path).removesuffix("/value")  # where nnx keeps a parameter's array
+
+    def is_meant(name: str, pattern: str) -> bool:
+        return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(f"{name}/value", pattern)
+
+    paths = [name_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
     for pattern in patterns:
-        if not fnmatch.filter(paths, pattern):
+        if not any(is_meant(name, pattern) for name in paths):
             raise ValueError(
                 f"config.optimizer.frozen: {pattern!r} matches no parameter; they are called "
                 f"{', '.join(paths[:4])}, ..."
             )
 
     def label_one(path: tuple, _):
-        name = path_string(path)
-        return "frozen" if any(fnmatch.fnmatch(name, p) for p in patterns) else "trained"
+        frozen = any(is_meant(name_of(path), pattern) for pattern in patterns)
+        return "frozen" if frozen else "trained"
 
     return jax.tree_util.tree_map_with_path(label_one, params)

@@ -25,8 +25,6 @@ from ml_collections import ConfigDict
 from rvit_jax.layers import in_float32
 from rvit_jax.model import RViT
 
-LEVELS = ("O0", "O1", "O2")
-
 
 def compute_dtype(level: str) -> jnp.dtype:
     """Of tokens and matrix products."""

@@ -522,10 +522,7 @@ def _finish(
                 _finish_stream(args, index, stream, report, milliseconds)
     finally:
         if args.state is not None:
-            try:
-                states.save(args.state)
-            except OSError as error:
-                raise OSError(f"{args.state} cannot be written: {error.strerror}") from error
+            states.save(args.state)
 
 
 def _raise_failures(streams: list[_Stream]) -> None:

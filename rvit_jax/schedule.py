@@ -35,9 +35,8 @@ from rvit_jax.shapes import (
 if TYPE_CHECKING:
     from rvit_jax.model import RViT
 
-SCHEDULES = ("auto", "frames", "layers")
-
-# What training keeps for the gradient, by `config.model.remat`; the rest is computed again.
+# What training keeps for the gradient, by `config.model.remat` other than "none"; the rest is
+# computed again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable,

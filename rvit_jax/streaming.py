@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rvit_jax.files import written_aside
 from rvit_jax.model import CompiledRViT
 
 STATE_FORMAT = 1
@@ -161,15 +162,8 @@ class Streams:
         Raises:
             OSError: the file cannot be written.
         """
-        path = Path(path).expanduser()
-        aside = path.with_name(f".{path.name}.tmp")
-        try:
-            with aside.open("wb") as file:
-                np.savez(file, **self._identity(), hidden=self._hidden, num_frames=self.num_frames)
-            os.replace(aside, path)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        with written_aside(Path(path).expanduser()) as aside, aside.open("wb") as file:
+            np.savez(file, **self._identity(), hidden=self._hidden, num_frames=self.num_frames)
 
     def restore(self, path: str | os.PathLike) -> None:
         """Goes on where `save` was called.

@@ -588,10 +588,8 @@ class _Run:
         )
 
     def _clips_after(self, step: int) -> int:
-        """Clips that have come by then, over all processes."""
-        epochs, steps_since = divmod(step, self.steps_per_epoch)
-        clips = self.train_data.num_clips
-        return epochs * clips + min(steps_since * self.config.batch_size, clips)
+        """Clips that have come by then, over all processes, as if all batches held as many."""
+        return step * self.train_data.num_clips // self.steps_per_epoch
 
     def _progress_bar(self, step: int) -> tqdm:
         clips = self.train_data.num_clips

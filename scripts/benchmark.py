@@ -60,7 +60,8 @@ from ml_collections import ConfigDict, config_flags
 from configs import base
 from input_pipeline.cpus import num_cpus
 from rvit_jax.checkpoint import check_writable, write_json
-from rvit_jax.config import check_config, leaf_keys, suggest
+from rvit_jax.command import check_config_arguments
+from rvit_jax.config import check_config, suggest
 
 SECTIONS = {**MODEL_SECTIONS, "loader": measure_loader}
 DEFAULT_CONFIG = "configs/jester.py"
@@ -204,11 +205,8 @@ def parse(argv: list[str]) -> list[str]:
             f"--config={Path(__file__).resolve().parents[1] / DEFAULT_CONFIG}",
             *argv[1:],
         ]
-    known = leaf_keys(base.get_config())
-    for key in (name.removeprefix("config.") for name in names if name.startswith("config.")):
-        if key not in known:
-            sys.exit(_fail(f"the config has no key {key!r}{suggest(key, known)}", 2))
     try:
+        check_config_arguments(argv)
         rest = flags.FLAGS(argv)
     except Exception as error:  # a config file may raise anything
         sys.exit(_fail(str(error).strip().splitlines()[-1], 2))

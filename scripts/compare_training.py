@@ -40,11 +40,12 @@ import input_pipeline
 from configs import base
 from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
 from rvit_jax.checkpoint import write_json
-from rvit_jax.config import check_config, leaf_keys, lookup, suggest
+from rvit_jax.config import LEVELS, check_config, leaf_keys, lookup, suggest
 from weights_converter import mapping
+from weights_converter.run_archive import for_torch
 from weights_converter.torch_rvit import TorchRViT
 
-CONTENDERS = ("jax", *precision.LEVELS, "torch")
+CONTENDERS = ("jax", *LEVELS, "torch")
 # Steps that are not timed: the first ones compile and warm up.
 UNTIMED_STEPS = 3
 # Keys that change how fast data come, not which.
@@ -169,8 +170,7 @@ def run_jax(
 
 def oracle_logits(oracle: TorchRViT, batch: dict[str, np.ndarray], ragged: bool) -> torch.Tensor:
     """Logits [B, K] for a batch with `video` uint8 [B, T, H, W, 3]."""
-    video = torch.from_numpy(batch["video"]).permute(0, 1, 4, 2, 3).flatten(0, 1)
-    video = (video.float() / 255.0 - 0.5) / 0.5
+    video = (for_torch(batch["video"]).float() / 255.0 - 0.5) / 0.5
     num_frames = torch.from_numpy(batch["num_frames"]) if ragged else None
     return oracle(video, oracle.initial_state(len(batch["label"])), num_frames)[0]
 

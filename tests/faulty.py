@@ -1,7 +1,8 @@
-"""A source of clips whose worker processes end by themselves."""
+"""What goes wrong, on purpose: files that rot, and a source whose worker processes end."""
 
 import dataclasses
 import os
+from pathlib import Path
 
 import numpy as np
 
@@ -25,3 +26,17 @@ class EndsItsProcess:
         if index == 5:
             os._exit(0)
         return [np.full((8, 8, 3), index, np.uint8) for _ in choose(VideoInfo(1))]
+
+
+def flip(file: Path) -> None:
+    """One bit in every hundred bytes: a single one may lie in a part that no reader uses."""
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 2 % 100, len(content), 100):
+        content[place] ^= 0x10
+    file.write_bytes(content)
+
+
+def largest(arrays: Path) -> Path:
+    """The largest of the files that hold the numbers; what else is beside them may outgrow it."""
+    files = (f for f in (arrays / "ocdbt.process_0").rglob("*") if f.is_file())
+    return max(files, key=lambda f: f.stat().st_size)

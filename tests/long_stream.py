@@ -9,7 +9,8 @@ is emptied, unless `--keep` is given, so that the disk holds one at a time (0.3 
 is of the download's size: 148,092 clips of 36 frames, 23 parts, 22 GB.
 
 A line per GB tells the seconds since the start and this process's memory; the last line is JSON:
-`bytes`, `clips`, `seconds`, `start_mib` (before anything is read), `peak_mib` (of the whole run).
+`bytes`, `clips`, `seconds`, `start_mib` (before anything is read), `peak_mib` (of the whole run),
+`tensorflow` (whether it was imported).
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def measure(num_clips: int, num_parts: int, out: str, keep: bool) -> dict[str, f
         "seconds": round(time.monotonic() - start, 1),
         "start_mib": start_mib,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "tensorflow": "tensorflow" in sys.modules,
     }
 
 

@@ -173,11 +173,22 @@ def test_a_crop_is_one_for_all_frames_of_a_clip(tmp_path):
         ({"spatial_views": 3}, "leaves none: set it to 'short_side'"),
         ({"sampling": "middle"}, "sampling is 'middle'"),
         ({"on_error": "ignore"}, "on_error is 'ignore'"),
+        ({"time_reversal": 0.5, "frame_order": "shuffled", "training": True}, "in their order"),
+        ({"time_reversal": 0.5, "frame_packing": "channel_planes", "training": True}, "in their"),
+        (
+            {"frame_rate_jitter": (0.5, 2.0), "sampling": "uniform", "training": True},
+            "frame_rate_jitter has no effect with dataset.sampling=uniform",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ClipOptions(8, 4, **options)
+
+
+def test_controls_need_no_other_config_than_training():
+    """Nothing is drawn in evaluation: frames may be shuffled whatever training drew."""
+    ClipOptions(8, 4, time_reversal=0.5, frame_rate_jitter=(0.5, 2.0), frame_order="shuffled")
 
 
 def test_a_cache_of_draws_is_refused():

@@ -23,7 +23,9 @@ import rvit_jax
 from configs.base import get_config
 from rvit_jax import checkpoint, losses, optimizer, sharding, steps, train
 from rvit_jax.initialise import initialise
+from rvit_jax.seal import DamagedError
 from tests import jester_folder
+from tests.faulty import flip, largest
 from tests.small import saved_model, small_config, small_model
 from weights_converter import adamw, archive, convert, mapping, prove, verify
 from weights_converter.__main__ import main
@@ -708,6 +710,23 @@ def test_the_learning_rate_of_a_late_epoch(tmp_path):
     assert config.optimizer.learning_rate == pytest.approx(1e-4)
     schedule = optimizer.learning_rate_schedule(config.optimizer, 100, 30)
     assert float(schedule(2599)) == pytest.approx(1e-4 * 0.8**2)
+
+
+def test_a_damaged_optimizer_is_refused(tmp_path):
+    module = make_oracle(attention="reattention", num_layers=1)
+    optim = torch.optim.AdamW(module.parameters(), 1e-3)
+    torch_steps(module, optim, training_batches(1, seed=0))
+    saved = {"net": module.state_dict(), "optimizer_state_dict": optim.state_dict()}
+    torch.save(saved, tmp_path / "a_3.pth")
+    config = to_flax(tmp_path / "a_3.pth", tmp_path / "out").config
+    config.init_from = str(tmp_path / "out")
+    flip(largest(tmp_path / "out" / "optimizer"))
+    _, state = steps.create_train_state(
+        rvit_jax.RViT(config.model, rngs=nnx.Rngs(0)),
+        optimizer.make_optimizer(config.optimizer, lambda step: 0.0),
+    )
+    with pytest.raises(DamagedError, match="optimizer"):
+        initialise(config, state, 3)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ import rvit_jax
 from input_pipeline import get_dataset, loader, watch
 from rvit_jax import checkpoint, files, optimizer, seal, steps, train
 from scripts.kill_test import warnings_of_absl
-from tests.faulty import EndsItsProcess
+from tests.faulty import EndsItsProcess, flip, largest
 from tests.jester_folder import CLASSES, labelled, make_set
 from tests.small import saved_model, small_config, small_model
 
@@ -100,18 +100,10 @@ def go_on(workdir: Path) -> tuple[int, list[str]]:
     return step, [line for line in lines if line.startswith(("damaged checkpoint", str(workdir)))]
 
 
-def flip(file: Path) -> None:
-    """One bit in every hundred bytes: a single one may lie in a part that no reader uses."""
-    content = bytearray(file.read_bytes())
-    for place in range(len(content) // 2 % 100, len(content), 100):
-        content[place] ^= 0x10
-    file.write_bytes(content)
-
-
-def largest(arrays: Path) -> Path:
-    """The largest of the files that hold the numbers; what else is beside them may outgrow it."""
-    files = (f for f in (arrays / "ocdbt.process_0").rglob("*") if f.is_file())
-    return max(files, key=lambda f: f.stat().st_size)
+def exchange(step: Path, item: str) -> None:
+    """Puts in what the step before has: whole and readable, and not what was saved."""
+    shutil.rmtree(step / item)
+    shutil.copytree(step.with_name(str(int(step.name) - 1)) / item, step / item)
 
 
 class TestSeal:
@@ -162,6 +154,9 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("damage", "cause"),
         [
+            (lambda f: exchange(f, "params"), "3/params: .* its checksum differs"),
+            (lambda f: exchange(f, "optimizer"), "3/optimizer: .* its checksum differs"),
+            (lambda f: exchange(f, "data"), "data/metadata is not what was saved"),
             (lambda f: flip(largest(f / "params")), BIT_FLIPPED),
             (lambda f: flip(largest(f / "optimizer")), BIT_FLIPPED),
             (lambda f: flip(f / "meta" / "model.json"), "meta/model.json"),
@@ -286,6 +281,7 @@ class TestLoading:
     @pytest.mark.parametrize(
         "damage",
         [
+            lambda f: exchange(f, "params"),
             lambda f: flip(largest(f / "params")),
             lambda f: flip(f / "meta" / "model.json"),
             lambda f: os.truncate(largest(f / "params"), 10),

@@ -132,10 +132,21 @@ def test_evaluation(finished, data, tmp_path):
     assert "no labels" not in page
 
 
+def test_labels_take_the_models_order():
+    """Three classes in a circle: the way there is not the way back."""
+    index = evaluate.match_labels(("green", "blue", "red"), CLASSES)
+    assert index.tolist() == [1, 2, 0]
+    mask = np.ones(2, bool)
+    one_each = {"label": np.array([0, 2], np.int32), "mask": mask}
+    assert evaluate._reindex(one_each, index, 3).tolist() == [1, 0]
+    several = {"label": np.array([[1, 1, 0], [0, 0, 1]], np.float32), "mask": mask}
+    assert evaluate._reindex(several, index, 3).tolist() == [[0, 1, 1], [1, 0, 0]]
+
+
 def test_labels_are_matched_by_name(finished, data, tmp_path):
     straight = evaluate.evaluate(config_of(data), tmp_path, "validation", finished)
     config = config_of(data)
-    config.dataset.classes = CLASSES[::-1]
+    config.dataset.classes = (*CLASSES[1:], CLASSES[0])
     turned = evaluate.evaluate(config, tmp_path, "validation", finished)
     assert turned["mean_average_precision"] == pytest.approx(straight["mean_average_precision"])
     assert turned["loss"] == pytest.approx(straight["loss"], rel=1e-6)

@@ -24,7 +24,7 @@ from tests.small import random_video, small_config, small_model
 
 def optimizer_config(**keys):
     config = base.get_config().optimizer
-    config.update(schedule="constant", learning_rate=0.1, weight_decay=0.0, **keys)
+    config.update({"schedule": "constant", "learning_rate": 0.1, "weight_decay": 0.0, **keys})
     return config
 
 
@@ -88,6 +88,12 @@ class TestLayerDecay:
         params = {"w": jnp.ones(2)}
         plain, off = chain(), chain(layer_decay=1.0)
         assert jax.tree.structure(plain.init(params)) == jax.tree.structure(off.init(params))
+
+
+@pytest.mark.parametrize("key", ["name", "schedule"])
+def test_an_unknown_choice_is_refused(key):
+    with pytest.raises(ValueError, match=rf"config\.optimizer\.{key}='lion' is unknown"):
+        chain(**{key: "lion"})
 
 
 def batch_of(num_clips: int, *, seed: int = 0, num_frames: int = 3) -> steps.Batch:

@@ -55,3 +55,13 @@ def test_using_the_package_imports_neither_pytorch_nor_tensorflow():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_wrong_arguments_are_refused_before_jax_is_imported():
+    code = (
+        "import sys, rvit_jax.main, weights_converter.__main__; "
+        "status = rvit_jax.main.main(['main', '--config=configs/jester.py', '--config.batch=1']); "
+        "print(status, [m for m in ('jax', 'flax', 'optax', 'torch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "2 []", done.stderr

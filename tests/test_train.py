@@ -143,7 +143,7 @@ def test_a_split_without_labels_gives_predictions(finished, data_dir, tmp_path):
 def test_labels_are_matched_by_name(finished, data_dir, tmp_path):
     straight = evaluate.evaluate(tiny_run(data_dir), tmp_path, "validation", finished)
     config = tiny_run(data_dir)
-    config.dataset.classes = CLASSES[::-1]
+    config.dataset.classes = (*CLASSES[1:], CLASSES[0])
     turned = evaluate.evaluate(config, tmp_path, "validation", finished)
     assert {**turned, "loss": 0} == {**straight, "loss": 0}
 
@@ -166,6 +166,9 @@ def test_the_checkpoint_brings_model_and_preprocessing(finished, data_dir):
     assert used.dataset.num_frames == 2
     with pytest.raises(ValueError, match=r"--config.model.hidden_size=32 contradicts"):
         evaluate.use_checkpoint_config(config, trained, ["model.hidden_size"])
+    config.model.schedule = "layers"  # changes no number
+    used = evaluate.use_checkpoint_config(config, trained, ["model.schedule"])
+    assert (used.model.schedule, used.model.hidden_size) == ("layers", 16)
 
 
 class _StopAfter:

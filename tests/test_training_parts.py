@@ -1,5 +1,8 @@
 """Losses, metrics, schedules, optimizers and the config check, against values worked by hand."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -155,10 +158,10 @@ def largest_change(before, after):
 
 class TestOptimizer:
     def test_frozen_parameters_stay(self):
-        step, state = tiny_training(frozen=("patch_embedding/*", "layers/0/mlp/*"))
+        step, state = tiny_training(frozen=("patch_embedding/*", "layers/0/mlp/*", "class_token"))
         after, _ = step(state, random_batch())
         for path, change in largest_change(state.params, after.params).items():
-            frozen = path.startswith(("patch_embedding", "layers/0/mlp"))
+            frozen = path.startswith(("patch_embedding", "layers/0/mlp", "class_token"))
             assert (change == 0.0) == frozen, path
 
     def test_a_pattern_that_matches_nothing_is_refused(self):
@@ -192,11 +195,19 @@ class TestOptimizer:
         np.testing.assert_allclose(optax.tree.norm(change), 0.1 * norm / 2, rtol=1e-4)
 
     def test_adamw_decays_every_parameter(self):
+        """By rate x decay x itself, biases and norms too: `torch.optim.AdamW`'s."""
         step, state = tiny_training(weight_decay=0.5)
         other, _ = tiny_training(weight_decay=0.0)
         with_decay, without = step(state, random_batch())[0], other(state, random_batch())[0]
+        expected = largest_change(state.params, jax.tree.map(lambda p: 0.95 * p, state.params))
+        assert sum(change > 0.0 for path, change in expected.items() if "bias" in path) > 5
         for path, change in largest_change(with_decay.params, without.params).items():
-            assert change > 0.0 or "bias" in path, path  # zero biases have nothing to decay
+            assert change == pytest.approx(expected[path], rel=1e-4, abs=1e-6), path
+
+
+def first_answers(batch):
+    """The likeliest class of each clip before `tiny_training` has begun."""
+    return small_model(block_dropout_rate=0.0)(batch["video"])[0].argmax(-1)
 
 
 class TestTrainStep:
@@ -209,6 +220,9 @@ class TestTrainStep:
         after, sums = step(state, padded)
         assert float(sums["clips"]) == 4
         np.testing.assert_allclose(sums["loss"], expected_sums["loss"], rtol=1e-5)
+        # Padding that is answered rightly counts for nothing; clips that are, count one each.
+        padded["label"] = first_answers(padded).at[0].add(1) % 5
+        assert float(step(state, padded)[1]["right"]) == 3
         changes = largest_change(expected.params, after.params)
         assert max(changes.values()) < 0.02 * 0.1  # AdamW's first step is about the rate, 0.1
 
@@ -263,6 +277,9 @@ class TestConfigs:
             ("model.num_layers", True, "config.model.num_layers=True is bool, expected int"),
             ("optimizer.name", "lion", "config.optimizer.name='lion' is unknown"),
             ("optimizer.betas", (0.9,), "two numbers in"),
+            ("optimizer.warmup_epochs", 1.5, "warms up by whole epochs"),
+            ("mesh.data", 0, "config.mesh.data=0: -1 takes all devices"),
+            ("dataset.length_buckets", (16,), "set it to 'ragged'"),
             ("loss.label_smoothing", float("nan"), "out of range"),
             ("dataset.classes", ("a", "b"), "names 2 classes, but config.model.num_classes=27"),
             ("dataset.cache", True, None),
@@ -294,15 +311,14 @@ class TestConfigs:
 
     def test_every_key_is_read(self):
         """A key is written in base.py and read, by name, somewhere outside of the configs."""
-        from pathlib import Path
-
         folders = ("rvit_jax", "input_pipeline")
         files = [
             f for folder in folders for f in Path(folder).glob("*.py") if f.name != "config.py"
         ]
         text = "\n".join(file.read_text() for file in files)
         for key in leaf_keys(base.get_config()):
-            name = key.rsplit(".", maxsplit=1)[-1]
+            *sections, name = key.split(".")
             read_whole = key.startswith("dataset.generate.")  # handed over as keyword arguments
-            assert read_whole or f".{name}" in text or f'"{name}"' in text, key
+            holders = "|".join(("config", "options", "crop", "colour", "rand", *sections[-1:]))
+            assert read_whole or re.search(rf"\b({holders})(\.\w+)*\.{name}\b", text), key
         assert lookup(base.get_config(), "dataset.nothing") is None

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rvit_jax import visualize
-from rvit_jax.attention import ATTENTION_KINDS
+from rvit_jax.config import ATTENTION_KINDS
 from rvit_jax.model import CompiledRViT
 from tests.jester_folder import CLASSES, labelled, make_set
 from tests.small import random_video, saved_model, small_config, small_model

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from rvit_jax.config import ATTENTION_KINDS
 from weights_converter.archive import one_line
 
 TRUST = (
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     to_flax.add_argument("--prove", action="store_true", help=f"prove the conversion. {TRUST}")
     to_flax.add_argument(
         "--attention",
-        choices=["auto", "linear", "softmax", "reattention"],
+        choices=["auto", *ATTENTION_KINDS],
         default="auto",
         help="kind of attention; auto: as the file tells",
     )

@@ -16,10 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import base
+from rvit_jax.config import ATTENTION_KINDS
 from weights_converter import mapping
 from weights_converter.archive import FileRefused, Source
 
-ATTENTIONS = ("linear", "softmax", "reattention")
 MAX_LISTS = 5_000  # of sizes, looked at in one class of a code text
 # Attributes that say the number of heads, and those that say the width of one.
 HEAD_COUNT_NAMES = ("num_heads", "heads", "n_heads", "num_attention_heads", "nhead", "n_head")
@@ -108,7 +108,7 @@ class Recognised:
 
     def possible_attentions(self) -> list[str]:
         """The kinds that the parameters allow, the one that the file speaks for first."""
-        kinds = [k for k in ATTENTIONS if k != "reattention" or self.has_reattention]
+        kinds = [k for k in ATTENTION_KINDS if k != "reattention" or self.has_reattention]
         return sorted(kinds, key=lambda kind: kind != self.attention.value)
 
 

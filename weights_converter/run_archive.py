@@ -9,8 +9,6 @@ files and one `result.json`, written last.
 import json
 import os
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor
 
 from input_pipeline.cpus import num_cpus
+from input_pipeline.watch import end_with_parent
 
 SEED = 0  # of the clips
 ROOTS = ("pos_embedding", "_cls", "_seq")  # the reference's parameters outside any submodule
@@ -137,18 +136,6 @@ def last_line(error: BaseException) -> str:
     return lines[-1][:300] if lines else type(error).__name__
 
 
-def end_with_parent() -> None:
-    """A file that loops for ever must not outlive a caller that was killed."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def share_cpus() -> None:
     """Gives PyTorch half the CPUs: its threads wait busily, in the way of whatever else runs."""
     torch.set_num_threads(max(1, num_cpus() // 2))
@@ -156,7 +143,7 @@ def share_cpus() -> None:
 
 def main(file: str, request_file: str, out: str) -> None:
     """Loads the file, does what the request asks, writes the result."""
-    end_with_parent()
+    end_with_parent(os.getppid())  # a file that loops for ever must not outlive a killed caller
     share_cpus()
     folder = Path(out)
     request = json.loads(Path(request_file).read_text())

@@ -16,6 +16,8 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
+from rvit_jax.config import check_model_config
+
 
 class HeadsLast(nn.Module):
     """Moves the head axis last, for the LayerNorm over heads."""
@@ -64,12 +66,6 @@ class MultiHeadDotProductAttention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, kind: str, carry_reattention: bool):
         super().__init__()
-        if kind not in ("linear", "softmax", "reattention"):
-            raise ValueError(
-                f"unknown attention {kind!r}; choose 'linear', 'softmax' or 'reattention'"
-            )
-        if hidden_size % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide hidden_size {hidden_size}")
         self.num_heads = num_heads
         self.is_linear = kind == "linear"
         self.is_reattention = kind == "reattention"
@@ -170,7 +166,7 @@ class TorchRViT(nn.Module):
     re-attention weights: unit normal; LayerNorm: ones and zeros.
 
     Raises:
-        ValueError: unknown attention, read-out or head; a size that does not divide.
+        ValueError: see `config.check_model_config`.
     """
 
     num_layers: Final[int]
@@ -180,17 +176,7 @@ class TorchRViT(nn.Module):
 
     def __init__(self, config: ConfigDict):
         super().__init__()
-        if config.image_size % config.patch_size:
-            raise ValueError(
-                f"patch_size {config.patch_size} does not divide image_size {config.image_size}"
-            )
-        if config.readout not in ("class_token", "class_and_hidden_tokens"):
-            raise ValueError(
-                f"unknown readout {config.readout!r}; choose 'class_token' or "
-                "'class_and_hidden_tokens'"
-            )
-        if config.head not in ("linear", "mlp"):
-            raise ValueError(f"unknown head {config.head!r}; choose 'linear' or 'mlp'")
+        check_model_config(config)
         width, layers = config.hidden_size, config.num_layers
         self.num_layers = layers
         self.num_patches = (config.image_size // config.patch_size) ** 2
