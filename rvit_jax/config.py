@@ -1,13 +1,12 @@
 """Checks a config at the edge; each message names the key, the value and the remedy."""
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 import input_pipeline
 from input_pipeline import label_maps
+from input_pipeline.command_line import leaf_keys, suggest
 from input_pipeline.jester import CLASS_NAMES
 from rvit_jax.attention import ATTENTION_KINDS
 from rvit_jax.augment import check_options
@@ -80,28 +79,12 @@ _RANGES = {
 }
 
 
-def leaf_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All keys of a config, dotted ("model.num_heads")."""
-    keys = []
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        keys.extend(leaf_keys(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"])
-    return keys
-
-
 def lookup(config: ConfigDict, dotted: str) -> Any:
     """The value of a dotted key; None where the config has no such key."""
     value = config
     for part in dotted.split("."):
         value = value.get(part) if isinstance(value, ConfigDict) else None
     return value
-
-
-def suggest(name: str, choices: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the choice nearest to `name`, or the list of all."""
-    choices = list(choices)
-    nearest = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(choices)}"
 
 
 def check_model_config(model: ConfigDict) -> None:

@@ -902,7 +902,7 @@ def test_a_run_goes_on_where_pytorch_stopped(tmp_path, frozen):
     run.train_step = watched
     description = checkpoint.describe_model(config, jester_folder.CLASSES)
     with checkpoint.Checkpoints(tmp_path / "run", description, keep=1) as checkpoints:
-        run.train(checkpoints, train._StopRequest())
+        run.train(checkpoints, train._StopRequest(), run.read_start())
     assert len(losses_seen) == len(theirs) == 12
     assert np.max(np.abs(np.subtract(losses_seen, theirs)) / theirs) <= 1e-4
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
