@@ -472,5 +472,7 @@ class TestCommandLine:
 
     def test_a_workdir_that_cannot_be_used(self, data_dir, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match=r"file is a file, not a folder; choose --workdir"):
+        with pytest.raises(
+            OSError, match=r"file is a file, not a folder; choose another --workdir"
+        ):
             train.train_and_evaluate(tiny_run(data_dir), tmp_path / "file" / "run")
