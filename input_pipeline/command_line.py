@@ -297,7 +297,7 @@ def _load_config(spec: str) -> ConfigDict:
 
 def _reason(error: BaseException, file: str) -> str:
     """What a config file raised, and where in it unless it speaks for itself."""
-    message = " ".join(str(error).split())
+    message = " ".join(_words(error).split())
     if isinstance(error, ValueError):
         return message
     if isinstance(error, SyntaxError):
@@ -446,7 +446,7 @@ def run(
         return 1
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
     """An error's message; the system's own without its number, the file in front."""
     if isinstance(error, OSError) and error.errno and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
