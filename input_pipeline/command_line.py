@@ -22,7 +22,7 @@ from absl import flags, logging
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-LONGEST = 1500  # characters of a message
+LONGEST = 4000  # characters of a message, which may name all clips of a batch
 HELP = "(--help lists the flags)"
 HELP_FLAGS = {"--help", "-help", "-h", "-?"}
 MOST_CHOICES = 30  # that a message lists whole
