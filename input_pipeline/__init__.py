@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
-from ml_collections import ConfigDict
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
     from input_pipeline.loader import BatchIterator
     from input_pipeline.source import Source
 
@@ -118,6 +119,7 @@ def _provide_gestures(config: ConfigDict, data_dir: str, process_index: int) -> 
     Of several processes the first one draws; the others wait until the set is finished.
     """
     from input_pipeline import gestures, jester  # gestures brings OpenCV
+    from input_pipeline.source import few
 
     classes = tuple(config.dataset.classes) or jester.CLASS_NAMES
     deadline = time.monotonic() + _GENERATION_LIMIT_S
@@ -140,9 +142,9 @@ def _provide_gestures(config: ConfigDict, data_dir: str, process_index: int) -> 
     missing = [name for name in classes if name not in drawn["classes"]]
     if missing:
         raise ValueError(
-            f"the gestures in {data_dir} do not include {', '.join(missing)}: set "
-            "dataset.data_dir to a new folder to draw them, or dataset.classes to some of: "
-            f"{', '.join(drawn['classes'])}"
+            f"the gestures in {data_dir} do not include {few(missing, 3)}: set "
+            "--config.dataset.data_dir to a new folder to draw them, or "
+            f"--config.dataset.classes to some of: {few(drawn['classes'], 8)}"
         )
     _warn_of_other_gestures(config, drawn, gestures.VERSION)
 

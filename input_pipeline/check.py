@@ -10,14 +10,18 @@ arguments; 128 + n after signal n.
 
 from __future__ import annotations
 
+from input_pipeline.command_line import leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import collections
 import dataclasses
 import hashlib
 import json
 import os
-import signal
+import shlex
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,6 +31,7 @@ from ml_collections import ConfigDict, config_flags
 
 import input_pipeline
 from input_pipeline import jester
+from input_pipeline.command_line import ArgumentError, check_output_file, parse, run, suggest
 from input_pipeline.cpus import in_threads
 from input_pipeline.source import Source, VideoInfo
 
@@ -84,7 +89,7 @@ def check(
         try:
             listed, clip_ids, read = _open(config, split)
         except FileNotFoundError:
-            if split == "train":
+            if split == "train" or (split == splits[-1] and not counts):  # nothing at all
                 raise
             print(f"{split}: not there, and left out", file=sys.stderr)
             continue
@@ -122,7 +127,10 @@ def _open(
 ) -> tuple[list[tuple[str, str]], Sequence[str], Callable[[int], _Reading]]:
     """Problems of the split's list, its clips, and how one of them is read."""
     if config.dataset.name in ("jester", "gestures"):
-        survey = jester.survey_split(os.path.expanduser(config.dataset.data_dir), split)
+        data_dir = os.path.expanduser(config.dataset.data_dir)
+        if config.dataset.name == "gestures" and not os.path.isdir(data_dir):
+            raise FileNotFoundError(_how_to_draw(config))
+        survey = jester.survey_split(data_dir, split)
         folders = [survey.frames_dir / clip_id for clip_id in survey.ids]
         listed = [("list", message) for message in survey.problems]
         return listed, survey.ids, lambda index: _read_folder(folders[index])
@@ -135,6 +143,22 @@ def _open(
         what = f"{source.num_missing} clips of the CSV were left out when the set was prepared"
         listed = [("missing", f"{what}: see its report")] if source.num_missing else []
     return listed, source.ids, lambda index: _read_clip(source, index)
+
+
+def _how_to_draw(config: ConfigDict) -> str:
+    """What to say where the gestures of a config are not there; the check itself draws none."""
+    from input_pipeline import gestures  # brings OpenCV
+
+    dataset = config.dataset
+    chosen = {(): "all", jester.CLASS_NAMES: "all", gestures.TIME_CLASSES: "time"}
+    classes = chosen.get(tuple(dataset.classes), ",".join(dataset.classes))
+    command = [f"--output={dataset.data_dir}", f"--classes={classes}"]
+    command += [f"--{key}={dataset.generate[key]}" for key in (*jester.SPLITS, "seed")]
+    return (
+        f"dataset.data_dir: there is no folder {dataset.data_dir}; the gestures are drawn when "
+        "training begins, or now: python -m input_pipeline.gestures "
+        f"{' '.join(map(shlex.quote, command))}"
+    )
 
 
 def _read_clip(source: Source, index: int) -> _Reading:
@@ -201,23 +225,13 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
 
 
 def _parse(argv: list[str]) -> flags.FlagValues:
-    """Raises SystemExit: 0 after --help, 2 with a line on stderr for wrong arguments."""
+    """Raises ArgumentError where an argument is wrong or missing."""
     values = define_flags(argv)
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        print(__doc__, values.get_help(include_special_flags=False), sep="\n")
-        raise SystemExit(0)
-    try:
-        rest = values(argv)
-        if len(rest) > 1:
-            raise ValueError(f"{rest[1]!r} is no flag: flags begin with -- (--help lists them)")
-        if values.config is None:
-            raise ValueError("--config is missing: say --config=configs/jester.py")
-        unknown = [split for split in values.splits if split not in jester.SPLITS]
-        if unknown:
-            raise ValueError(f"--splits={unknown[0]}: choose from {', '.join(jester.SPLITS)}")
-    except Exception as error:  # a config file may raise anything
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        raise SystemExit(2) from error
+    parse(values, argv, __doc__)
+    require(values, config="configs/jester.py")
+    for split in values.splits:
+        if split not in jester.SPLITS:
+            raise ArgumentError(f"--splits: {split!r} is unknown{suggest(split, jester.SPLITS)}")
     return values
 
 
@@ -235,28 +249,24 @@ def _report(problems: list[Problem], counts: dict[str, dict[str, int]]) -> None:
     print(f"{len(problems)} problems: {kinds}" if problems else "nothing is wrong")
 
 
+def _check(argv: list[str]) -> int:
+    values = _parse(argv)
+    output = Path(values.output).expanduser() if values.output else None
+    if output is not None:
+        check_output_file(output)
+    problems, counts = check(values.config, values.splits, progress=True)
+    _report(problems, counts)
+    if output is not None:
+        aside = output.with_name(f".tmp.{output.name}")
+        listed = [dataclasses.asdict(problem) for problem in problems]
+        aside.write_text(json.dumps({"read": counts, "problems": listed}, indent=2) + "\n")
+        os.replace(aside, output)
+    return 1 if problems else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns the exit status."""
-    values = _parse(sys.argv if argv is None else argv)
-    try:
-        problems, counts = check(values.config, values.splits, progress=True)
-        _report(problems, counts)
-        if values.output:
-            path = Path(values.output).expanduser()
-            aside = path.with_name(f".tmp.{path.name}")
-            listed = [dataclasses.asdict(problem) for problem in problems]
-            aside.write_text(json.dumps({"read": counts, "problems": listed}, indent=2) + "\n")
-            os.replace(aside, path)
-    except KeyboardInterrupt:
-        print("stopped by signal 2", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except Exception as error:
-        if values.debug:
-            traceback.print_exc()
-        name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        print(f"error: {' '.join(f'{name}{error}'.split())}", file=sys.stderr)
-        return 1
-    return 1 if problems else 0
+    return run(_check, sys.argv if argv is None else argv)
 
 
 if __name__ == "__main__":

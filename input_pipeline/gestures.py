@@ -24,6 +24,11 @@ file system has them), so both classes hold the same frames. No other shortcut i
 which of a gesture's mirrored and reversed versions was drawn first is decided by a fair coin.
 """
 
+from input_pipeline.command_line import Parser, leave_at_once, run, suggest
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import argparse
 import concurrent.futures
 import contextlib
@@ -49,6 +54,7 @@ import tqdm
 from input_pipeline.cpus import num_cpus
 from input_pipeline.hand import Motion, draw_frames, wander
 from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED, SPLITS
+from input_pipeline.source import few
 
 VERSION = 1  # of the drawings; a change of anything that is drawn is a new version
 TIME_CLASSES = (  # four pairs that only the order of their frames tells apart
@@ -607,6 +613,10 @@ def generate(
         raise OSError(
             error.errno, f"cannot write gestures: {error.strerror}; {remedy}", str(output)
         ) from error
+    except BaseException as stop:
+        if not isinstance(stop, Exception):  # a signal's
+            stop.add_note(f"what is drawn stays in {output}, and the same command goes on with it")
+        raise
 
 
 def _manifest(classes: Sequence[str], num_clips: dict[str, int], seed: int) -> dict:
@@ -662,9 +672,15 @@ def _is_finished(output: Path, wanted: dict) -> bool:
     there = _read_json(output / (_MANIFEST if finished else _UNFINISHED))
     differing = [
         f"{key} {there[key]} (wanted: {wanted[key]})"
-        for key in ("version", "seed", "classes")
+        for key in ("version", "seed")
         if there[key] != wanted[key]
     ]
+    for what, names, others in (
+        ("without", wanted["classes"], there["classes"]),
+        ("with", there["classes"], wanted["classes"]),
+    ):
+        if missing := [name for name in names if name not in others]:
+            differing.append(f"{what} {few(missing, 3)}")
     for split, count in wanted["num_clips"].items():
         is_count = there["num_clips"].get(split, 0)
         if is_count < count or (not finished and is_count != count):
@@ -684,6 +700,10 @@ def _class_list(text: str) -> list[str]:
     if text in ("all", "time"):
         return list(CLASS_NAMES if text == "all" else TIME_CLASSES)
     names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CLASS_NAMES:
+            what = f"unknown gesture class {name!r}{suggest(name, ('all', 'time', *CLASS_NAMES))}"
+            raise argparse.ArgumentTypeError(what)
     try:
         return _manifest(names, {"train": 1}, 0)["classes"]
     except ValueError as error:
@@ -697,7 +717,7 @@ def _count(text: str) -> int:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m input_pipeline.gestures",
         description="Draws gesture videos in 20BN-Jester's layout.",
     )
@@ -722,6 +742,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="processes (default: one a processor)"
     )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
     parsed = parser.parse_args(arguments)
     if parsed.workers == 0:
         parser.error("argument --workers: expected 1 or more")
@@ -732,27 +753,23 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    options = _parse_arguments(arguments)
-    try:
-        generate(
-            options.output,
-            classes=options.classes,
-            train=options.train,
-            validation=options.validation,
-            test=options.test,
-            seed=options.seed,
-            num_workers=options.workers,
-        )
-        counts = read_manifest(options.output)["num_clips"]
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    return run(_command, ["gestures", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def _command(argv: list[str]) -> None:
+    options = _parse_arguments(argv[1:])
+    generate(
+        options.output,
+        classes=options.classes,
+        train=options.train,
+        validation=options.validation,
+        test=options.test,
+        seed=options.seed,
+        num_workers=options.workers,
+    )
+    counts = read_manifest(options.output)["num_clips"]
     summary = ", ".join(f"{count} {split}" for split, count in counts.items())
     print(f"{options.output}: {summary} clips")
-    return 0
 
 
 if __name__ == "__main__":

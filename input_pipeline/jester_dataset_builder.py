@@ -105,7 +105,10 @@ def read_plan(
         except FileNotFoundError:
             logging.info("no CSV of the split %s in %s", split, labels_dir)
     if not csv_files:
-        jester.find_csv(labels_dir, jester.SPLITS[0])  # raises, naming the places
+        try:
+            jester.find_csv(labels_dir, jester.SPLITS[0])  # raises, naming the places
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; or say with --labels where they are") from error
     known = dict.fromkeys(jester.CLASS_NAMES)
     for csv_file in csv_files.values():
         known.update(dict.fromkeys(jester.known_classes(csv_file.parent)))

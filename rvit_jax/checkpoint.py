@@ -36,6 +36,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from configs import base
+from input_pipeline.command_line import check_output_folder
 from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax import precision, seal
 from rvit_jax.config import leaf_keys, lookup
@@ -47,6 +48,7 @@ from rvit_jax.steps import TrainState
 from rvit_jax.version import __version__
 
 FORMAT = 1  # of model.json
+_PYTORCH_SUFFIXES = (".pth", ".pt", ".ckpt", ".tar", ".bin", ".safetensors")
 # Keys that a resumed run may change: how long it goes on, what it keeps, where and how it reads.
 FREE_KEYS = (
     "num_epochs",
@@ -95,12 +97,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def check_writable(workdir: Path) -> None:
     """Raises OSError unless `workdir` can be made or written; makes nothing itself."""
-    workdir = Path(workdir)
-    existing = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
-        return
-    reason = "may not be written" if existing.is_dir() else "is a file, not a folder"
-    raise OSError(f"the workdir {workdir} cannot be used: {existing} {reason}; choose --workdir")
+    check_output_folder(Path(workdir), "--workdir")
 
 
 def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:
@@ -735,13 +732,27 @@ def resolve_checkpoint(path: str | os.PathLike) -> Path:
         if folder.name.isdigit() and (folder / "params").is_dir() and _meta_file(folder).is_file()
     ]
     if not steps:
-        exists = "holds no checkpoint" if path.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"{path} {exists}: expected a workdir of a training run, one of its checkpoints/STEP "
-            "folders, or a converted model; train one with python -m rvit_jax.main "
-            "--config=configs/gestures.py"
-        )
+        raise FileNotFoundError(_no_checkpoint_message(path))
     return max(steps, key=lambda f: _rank(_read_description(f).get("metrics"), int(f.name)))
+
+
+def _no_checkpoint_message(path: Path) -> str:
+    if path.suffix in _PYTORCH_SUFFIXES and path.is_file():
+        return (
+            f"{path} is a file of PyTorch: convert it with python -m weights_converter to_flax "
+            f"{path} OUT_DIR, and name OUT_DIR"
+        )
+    exists = "holds no checkpoint" if path.exists() else "does not exist"
+    exists = "is a file, no checkpoint" if path.is_file() else exists
+    return (
+        f"{path} {exists}: expected a workdir of a training run, one of its checkpoints/STEP "
+        "folders, or a converted model; train one with python -m rvit_jax.main --config=FILE"
+    )
+
+
+def has_steps(workdir: str | os.PathLike) -> bool:
+    """Whether a run in `workdir` would go on; whether its checkpoints are whole is seen then."""
+    return any(f.name.isdecimal() for f in (Path(workdir) / "checkpoints").glob("[0-9]*"))
 
 
 def _is_ema(path: Path) -> bool:

@@ -3,14 +3,13 @@
 Imported without JAX, which takes seconds that a wrong argument need not wait for.
 """
 
-import difflib
-from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 import input_pipeline
 from input_pipeline import clips, label_maps, sampling, transforms, video_files
+from input_pipeline.command_line import leaf_keys, suggest
 from input_pipeline.jester import CLASS_NAMES
 
 LEVELS = ("O0", "O1", "O2")  # see `precision`
@@ -82,28 +81,12 @@ _RANGES = {
 }
 
 
-def leaf_keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All keys of a config, dotted ("model.num_heads")."""
-    keys = []
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        keys.extend(leaf_keys(value, f"{prefix}{key}.") if nested else [f"{prefix}{key}"])
-    return keys
-
-
 def lookup(config: ConfigDict, dotted: str) -> Any:
     """The value of a dotted key; None where the config has no such key."""
     value = config
     for part in dotted.split("."):
         value = value.get(part) if isinstance(value, ConfigDict) else None
     return value
-
-
-def suggest(name: str, choices: Iterable[str]) -> str:
-    """ "; did you mean 'x'?" for the choice nearest to `name`, or the list of all."""
-    choices = list(choices)
-    nearest = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; choose from {', '.join(choices)}"
 
 
 def check_choice(key: str, value: Any) -> None:

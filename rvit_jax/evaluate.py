@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
+from input_pipeline.source import few
 from rvit_jax import anytime, checkpoint, distributed, losses, sharding, steps
 from rvit_jax.config import suggest
 from rvit_jax.files import written_aside
@@ -442,11 +443,20 @@ def match_labels(dataset_names: Sequence[str], model_names: Sequence[str]) -> np
         ValueError: the model does not know a class.
     """
     unknown = [name for name in dataset_names if name not in model_names]
+    if unknown and list(model_names) == [f"class {index}" for index in range(len(model_names))]:
+        raise ValueError(
+            f"the checkpoint does not know the names of its {len(model_names)} classes, for a "
+            "PyTorch file has none: convert it again with python -m weights_converter to_flax ... "
+            f"--class_names=FILE, a name on each line in the order of its outputs; the data has "
+            f"{few(dataset_names)}"
+        )
     if unknown:
+        hint = suggest(unknown[0], model_names)
         raise ValueError(
             f"the data set has {len(unknown)} classes that the checkpoint does not know, "
-            f"{unknown[0]!r} among them{suggest(unknown[0], model_names)} Choose the classes with "
-            "--config.dataset.classes=\"('NAME', 'NAME')\""
+            f"{unknown[0]!r} among them{hint}{'' if hint.endswith('?') else '.'} Choose the "
+            "classes with --config.dataset.classes=\"('NAME', 'NAME')\"; or, where a converted "
+            "model has wrong names, convert it again with --class_names=FILE"
         )
     return np.array([model_names.index(name) for name in dataset_names], np.int32)
 

@@ -48,6 +48,11 @@ orbax-checkpoint than training; it needs nothing of that:
     pip install onnx onnx-ir onnxruntime && pip install --no-deps jax2onnx
 """
 
+from input_pipeline.command_line import check_output_folder, leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import contextlib
 import dataclasses
 import hashlib
@@ -383,18 +388,14 @@ def check_packages(formats: Sequence[str]) -> None:
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(
-                f"--format={form} needs {', '.join(missing)}, which is not installed: {remedy}"
+                f"--format={form} needs {' and '.join(missing)}, not installed here: {remedy}"
             )
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises OSError unless an export may be written to the folder `output`."""
-    existing = next(p for p in (output, *output.parents) if os.path.lexists(p))
-    if not existing.is_dir():
-        raise OSError(f"--output={output}: {existing} is a file, not a folder; choose another")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"--output={output}: {existing} may not be written; choose another folder")
-    if existing != output or not any(output.iterdir()):
+    check_output_folder(output, "--output")
+    if not output.exists() or not any(output.iterdir()):
         return
     if not (output / "export.json").is_file():
         raise OSError(f"--output={output} holds other files: choose a new or empty folder")
@@ -555,9 +556,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def _check_flags(values: flags.FlagValues) -> None:
-    for name in ("checkpoint", "output"):
-        if not values[name].value:
-            raise ArgumentError(f"--{name} is missing: say --{name}=DIR (--help lists the flags)")
+    require(values, checkpoint="DIR", output="DIR")
     for name, choices in (("format", FORMATS), ("platforms", PLATFORMS)):
         unknown = [value for value in values[name].value if value not in choices]
         if unknown or not values[name].value:

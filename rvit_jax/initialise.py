@@ -64,6 +64,19 @@ class Start:
     notes: tuple[str, ...]
 
 
+def check_there(init_from: str) -> None:
+    """Raises FileNotFoundError where `config.init_from` names no model; reads none."""
+    path = Path(init_from).expanduser()
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"config.init_from: there is no file {path}")
+        return
+    try:
+        checkpoint.resolve_checkpoint(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"config.init_from: {error}") from error
+
+
 def initialise(
     config: ConfigDict,
     state: TrainState,

@@ -8,6 +8,11 @@ Several processes train or evaluate one model: the same command for each, with
 by themselves. The workdir is one folder that all of them see. A signal to one stops them all.
 """
 
+from input_pipeline.command_line import leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import sys
 from pathlib import Path
 
@@ -16,8 +21,7 @@ from ml_collections import config_flags
 
 from configs import base
 from rvit_jax import distributed
-from rvit_jax.command import ArgumentError, Stopped, check_config_arguments, parse, run, start
-from rvit_jax.config import check_config
+from rvit_jax.command import ArgumentError, Stopped, parse, run, start
 
 MODES = ("train", "evaluate", "visualize")
 
@@ -105,8 +109,7 @@ def _define_process_flags(values: flags.FlagValues) -> None:
 
 def _check(values: flags.FlagValues) -> None:
     """Raises ArgumentError where flags contradict each other or the config cannot be."""
-    if values.config is None:
-        raise ArgumentError("--config is missing: say --config=configs/gestures.py")
+    require(values, config="configs/gestures.py")
     if values.checkpoint and values.mode == "train":
         raise ArgumentError(
             "--checkpoint is for --mode=evaluate and --mode=visualize; training goes on from the "
@@ -115,6 +118,8 @@ def _check(values: flags.FlagValues) -> None:
     for name in ("ids", "query"):
         if getattr(values, name) and values.mode != "visualize":
             raise ArgumentError(f"--{name} is for --mode=visualize")
+    from rvit_jax.config import check_config  # brings JAX
+
     try:
         check_config(values.config, base.get_config(), training=values.mode == "train")
     except ValueError as error:
@@ -153,7 +158,6 @@ def _rendezvous(values: flags.FlagValues) -> distributed.Rendezvous | None:
 
 
 def _work(argv: list[str]) -> None:
-    check_config_arguments(argv)
     values = define_flags(argv)
     parse(values, argv, __doc__)
     _check(values)
@@ -184,6 +188,14 @@ def _dispatch(values: flags.FlagValues, query: tuple[int, int] | None) -> None:
     if values.mode == "train":
         train.train_and_evaluate(config, workdir)
         return
+    if not values.checkpoint:
+        try:
+            evaluate.checkpoint.resolve_checkpoint(workdir)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the workdir {workdir} holds no checkpoint: train first, by the same command "
+                f"without --mode={values.mode}, or name a model with --checkpoint=DIR"
+            ) from error
     overrides = list(config_flags.get_override_values(values["config"]))
     checkpoint = values.checkpoint or workdir
     if values.mode == "evaluate":

@@ -8,6 +8,17 @@ Exit status: 0 done; 1 the work failed; 2 wrong arguments; 128 + n after signal 
 so far.
 """
 
+from input_pipeline.command_line import (
+    ArgumentError,
+    Parser,
+    check_output_file,
+    leave_at_once,
+    run,
+)
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import argparse
 import contextlib
 import dataclasses
@@ -18,7 +29,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +43,7 @@ BAR_WIDTH = 30
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m rvit_jax.predict",
         description="Reads videos frame by frame and answers after every frame.",
     )
@@ -90,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--decay",
-        type=_number(float, 1e-6),
+        type=_number(float, 1e-6, 1.0),
         default=1.0,
         metavar="F",
         help="forget: the state shrinks towards the initial one by this factor at every frame",
@@ -105,15 +115,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _number(kind: type, least: int | float) -> Callable[[str], int | float]:
+def _number(
+    kind: type, least: int | float, most: int | float = 1e9
+) -> Callable[[str], int | float]:
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not least <= value < 1e9:
+        if value is None or not least <= value <= most:
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from {least:g}")
+            limit = f" to {most:g}" if most < 1e9 else ""
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {what} from {least:g}{limit}")
         return value
 
     return parse
@@ -311,12 +324,12 @@ def predict(args: argparse.Namespace) -> int:
     """Reads all inputs to their ends; returns the signal that ended them before, or 0.
 
     Raises:
+        ArgumentError: the arguments contradict each other.
         OSError: a file is missing or cannot be read or written.
         ValueError: an input, the checkpoint or a value cannot be used. What fails amid its frames
             does so after the results of the frames before it, and of the other inputs.
     """
-    if args.input.count("-") > 1:
-        raise ValueError("standard input (-) can be one input only")
+    _check_arguments(args)
     _check_outputs(args)
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(_Signals())
@@ -404,6 +417,42 @@ def _open_stream(
     )
 
 
+def _check_arguments(args: argparse.Namespace) -> None:
+    """Raises ArgumentError where the flags contradict each other or an input cannot be."""
+    pipe, endless = "-" in args.input, any(_is_endless(name) for name in args.input)
+    for name in args.input:
+        if "://" in name:
+            raise ArgumentError(
+                f"--input={name}: addresses are not read; let FFmpeg read it: ffmpeg -i {name} -f "
+                "rawvideo -pix_fmt rgb24 -s 176x100 - | python -m rvit_jax.predict --checkpoint="
+                f"{args.checkpoint} --input=- --frame_size=176x100"
+            )
+    if args.input.count("-") > 1:
+        raise ArgumentError("standard input (-) can be one input only")
+    if pipe and args.frame_size is None:
+        raise ArgumentError("--input=-: raw frames need --frame_size=WIDTHxHEIGHT")
+    if args.frame_size is not None and not pipe:
+        raise ArgumentError(
+            "--frame_size is for raw frames on standard input (--input=-): files, folders and "
+            "cameras tell their own size; leave it out"
+        )
+    window = args.window if args.window is not None or endless else 0
+    if args.states is not None and window == 0:
+        raise ArgumentError(
+            f"--states={args.states} is for a window, and there is none: say --window=N too, the "
+            "frames that a state may see"
+        )
+    if args.states is not None and window is not None and args.states > window:
+        raise ArgumentError(
+            f"--states={args.states} is more than --window={window}: states begin in turn within "
+            "the window, one per frame at most"
+        )
+
+
+def _is_endless(name: str) -> bool:
+    return name == "-" or name.startswith("camera:")
+
+
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raises OSError or ValueError where a file cannot be put: better now than after an hour."""
     outputs = [] if args.state is None else [args.state]
@@ -413,23 +462,11 @@ def _check_outputs(args: argparse.Namespace) -> None:
     inputs = [Path(name).expanduser() for name in args.input]
     seen: dict[str, Path] = {}
     for path in (output.expanduser() for output in outputs):
-        _check_folder_of(path)
+        check_output_file(path)
         if any(path.exists() and name.exists() and path.samefile(name) for name in inputs):
             raise ValueError(f"{path} is an input, and would be replaced: name another file")
         if seen.setdefault(os.path.realpath(path), path) is not path:
             raise ValueError(f"{path} is to hold two things: name another file for one of them")
-
-
-def _check_folder_of(path: Path) -> None:
-    """Raises OSError unless a file can be put there."""
-    path = path.expanduser()
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} cannot be written: it is a folder")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {folder}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written: {folder} may not be written")
 
 
 def _numbered(path: Path, index: int, count: int) -> Path:
@@ -563,16 +600,11 @@ def _warn(message: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    args = _parser().parse_args(argv)
-    try:
-        signum = predict(args)
-    except Exception as error:
-        if args.debug:
-            traceback.print_exc()
-        known = isinstance(error, ValueError | OSError)
-        message = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
-        print(f"error: {message}", file=sys.stderr)
-        return 1
+    return run(_work, ["predict", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _work(argv: list[str]) -> int:
+    signum = predict(_parser().parse_args(argv[1:]))
     if signum == signal.SIGPIPE:  # whoever read our output has enough; nor say so at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signum if signum else 0

@@ -26,6 +26,11 @@ alike. The parts need not add up: the compiler joins some of them, and every pro
 So the sum is printed beside the whole, and neither is scaled to fit the other.
 """
 
+from input_pipeline.command_line import leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import dataclasses
 import json
 import statistics
@@ -44,7 +49,7 @@ from ml_collections import config_flags
 from configs import base
 from rvit_jax import precision
 from rvit_jax.checkpoint import load
-from rvit_jax.command import ArgumentError, check_config_arguments, parse, run, start
+from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config
 from rvit_jax.layers import UnusedParam
 from rvit_jax.model import EncoderBlock, RViT
@@ -447,7 +452,6 @@ def _check_arguments(argv: list[str]) -> None:
     for name in ("config", "checkpoint"):
         if f"--{name}=" in argv:
             raise ArgumentError(f"--{name}= is empty: say what to profile (--help lists the flags)")
-    check_config_arguments(argv)
     names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
     if ("config" in names) == ("checkpoint" in names) and not {"help", "h", "?"} & set(names):
         raise ArgumentError(

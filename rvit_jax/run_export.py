@@ -112,6 +112,13 @@ def _error(ours: np.ndarray, expected: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[2] not in ("stablehlo", "savedmodel", "onnx"):
+        print(
+            "error: say python -I rvit_jax/run_export.py FOLDER FORMAT CASES.npz, FORMAT one of "
+            "stablehlo, savedmodel, onnx",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     folder, form, cases = sys.argv[1:]
     errors = largest_errors(Path(folder), form, dict(np.load(cases)))
     assert "rvit_jax" not in sys.modules

@@ -37,7 +37,7 @@ from rvit_jax import (
 from rvit_jax.augment import make_augment
 from rvit_jax.command import Stopped
 from rvit_jax.files import cannot_be_written, flush, written_aside
-from rvit_jax.initialise import initialise
+from rvit_jax.initialise import Start, check_there, initialise
 
 # Seconds between two looks at the device's sums: each look waits for the device.
 LOOK_EVERY_S = 2.0
@@ -316,6 +316,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     checkpoint.check_writable(workdir)  # before the data, which may have to be drawn
     if distributed.is_first():  # it holds the workdir for all
         checkpoint.check_free(workdir)
+    begins_elsewhere = bool(config.init_from) and not checkpoint.has_steps(workdir)
+    if begins_elsewhere:
+        check_there(config.init_from)
     layout = sharding.make_layout(config)
     sharding.check_accumulation(config, layout)
     if config.test_after_training:
@@ -327,13 +330,15 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
     run = _Run(config, workdir, layout, train_data, validation_data)
     description = checkpoint.describe_model(config, train_data.class_names)
     distributed.check_same("config or data", [description, train_data.get_state()])
+    # Read before the workdir is made: a model that does not fit leaves no trace.
+    start = run.read_start() if begins_elsewhere else None
     with (
         checkpoint.Checkpoints(
             workdir, description, keep=config.keep_checkpoints, agree=distributed.agree
         ) as checkpoints,
         _StopRequest().listen() as stop,
     ):
-        run.train(checkpoints, stop)
+        run.train(checkpoints, stop, start)
     train_data.close()
     validation_data.close()
     distributed.wait("trained")  # the last checkpoint has its name
@@ -415,14 +420,22 @@ class _Run:
         self.eval_step = layout.compile_whole(eval_step)
         self.schedule = schedule
 
-    def train(self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest) -> None:
-        """The loop; see `train_and_evaluate`."""
+    def train(
+        self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest, start: Start | None = None
+    ) -> None:
+        """The loop; see `train_and_evaluate`.
+
+        Args:
+            checkpoints: of the workdir.
+            stop: tells of signals.
+            start: what a run begins with that has no checkpoint yet; None: with new weights.
+        """
         state, step = self.layout.place(self.initial_state), 0
         allowed = MOST_REFUSED_IN_A_ROW if self.config.on_nonfinite == "skip" else 0
         sums = _TrainingSums(allowed, self._explain)
         restored = checkpoints.restore_latest(state)
-        if restored is None and self.config.init_from:
-            state, step = self._start_from_another(self.initial_state)
+        if restored is None and start is not None:
+            state, step = self._begin_with(start)
         elif restored is not None:
             state, position = restored
             sums.total |= position.pop(TRAINING_SUMS, {})
@@ -491,15 +504,21 @@ class _Run:
             VALIDATION_DATA: {**self.validation_data.get_state(), "position": 0},
         }
 
-    def _start_from_another(self, state: steps.TrainState) -> tuple[steps.TrainState, int]:
-        """The state of `config.init_from`, and the step that it stands at."""
-        start = initialise(self.config, state, self.steps_per_epoch, self.train_data.class_names)
-        step = int(start.state.step)
-        if step >= self.total_steps:
+    def read_start(self) -> Start:
+        """What `config.init_from` gives."""
+        start = initialise(
+            self.config, self.initial_state, self.steps_per_epoch, self.train_data.class_names
+        )
+        if int(start.state.step) >= self.total_steps:
             raise ValueError(
                 f"config.init_from={self.config.init_from} has {start.epochs} epochs behind it, "
                 f"config.num_epochs={self.config.num_epochs}: raise it to train on"
             )
+        return start
+
+    def _begin_with(self, start: Start) -> tuple[steps.TrainState, int]:
+        """The state of another model, and the step that it stands at."""
+        step = int(start.state.step)
         position = {**self.train_data.get_state(), "position": step}
         self.train_data.set_state(position)
         print(f"starting from {self.config.init_from}:", *start.notes, sep="\n  ")

@@ -36,7 +36,6 @@ import dataclasses
 import datetime
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -47,9 +46,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))  # this script's other parts
 
+from input_pipeline.command_line import check_output_folder, leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import jax
 import torch
-from absl import app, flags
+from absl import flags
 from benchmark_contenders import DTYPES, Settings, torch_device
 from benchmark_loader import measure_loader
 from benchmark_report import plot, table
@@ -59,8 +63,8 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from input_pipeline.cpus import num_cpus
-from rvit_jax.checkpoint import check_writable, write_json
-from rvit_jax.command import check_config_arguments
+from rvit_jax.checkpoint import write_json
+from rvit_jax.command import ArgumentError, Stopped, parse, run, start
 from rvit_jax.config import check_config, suggest
 
 SECTIONS = {**MODEL_SECTIONS, "loader": measure_loader}
@@ -154,28 +158,55 @@ def parse_choices(text: Sequence[str], choices: Iterable[str], flag: str) -> tup
     return names
 
 
-def define_flags() -> None:
-    """Not at import: absl's flags are one set for the whole process, tests included."""
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command's flags; `argv` tells which config keys are set."""
+    values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, f"Config file, and a variant after a colon; default: {DEFAULT_CONFIG}."
+        "config",
+        None,
+        f"Config file, and a variant after a colon; default: {DEFAULT_CONFIG}.",
+        flag_values=values,
+        sys_argv=argv,
     )
-    flags.DEFINE_list("what", list(SECTIONS), f"Sections, out of {', '.join(SECTIONS)}.")
-    flags.DEFINE_alias("sections", "what")
-    flags.DEFINE_string("output", "results/benchmark", "Where the results are written.")
-    flags.DEFINE_integer("rounds", None, "Turns of each contender; 20, or 4 with --quick.", 1)
-    flags.DEFINE_float(
-        "seconds", None, "No new round after so many in a measurement; 40, or 4 with --quick.", 0.0
+    flags.DEFINE_list(
+        "what", list(SECTIONS), f"Sections, out of {', '.join(SECTIONS)}.", flag_values=values
     )
-    flags.DEFINE_bool("quick", False, "Fewer, smaller measurements; no torch.compile.")
-    flags.DEFINE_bool("no_torch_compile", False, "Leave torch.compile out: it takes minutes.")
-    flags.DEFINE_list("dtype", ["float32"], f"Out of {', '.join(DTYPES)}.")
-    flags.DEFINE_enum(
-        "matmul_precision", "float32", ("float32", "tf32"), "Of float32 products on a GPU."
+    flags.DEFINE_alias("sections", "what", flag_values=values)
+    flags.DEFINE_string(
+        "output", "results/benchmark", "Where the results are written.", flag_values=values
     )
     flags.DEFINE_integer(
-        "num_cpu_devices", 2, "Our variant with the batch split over so many; 1: without.", 1
+        "rounds", None, "Turns of each contender; 20, or 4 with --quick.", 1, flag_values=values
     )
-    flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
+    flags.DEFINE_float(
+        "seconds",
+        None,
+        "No new round after so many in a measurement; 40, or 4 with --quick.",
+        0.0,
+        flag_values=values,
+    )
+    for name, what in (
+        ("quick", "Fewer, smaller measurements; no torch.compile."),
+        ("no_torch_compile", "Leave torch.compile out: it takes minutes."),
+        ("debug", "Show the traceback of an error."),
+    ):
+        flags.DEFINE_bool(name, False, what, flag_values=values)
+    flags.DEFINE_list("dtype", ["float32"], f"Out of {', '.join(DTYPES)}.", flag_values=values)
+    flags.DEFINE_enum(
+        "matmul_precision",
+        "float32",
+        ("float32", "tf32"),
+        "Of float32 products on a GPU.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_cpu_devices",
+        2,
+        "Our variant with the batch split over so many; 1: without.",
+        1,
+        flag_values=values,
+    )
+    return values
 
 
 def settings_from_flags(args: flags.FlagValues) -> Settings:
@@ -196,79 +227,58 @@ def settings_from_flags(args: flags.FlagValues) -> Settings:
     )
 
 
-def parse(argv: list[str]) -> list[str]:
-    """absl's parsing, with errors of one line and status 2."""
-    names = [argument.lstrip("-").partition("=")[0] for argument in argv[1:]]
-    if "config" not in names:
-        argv = [
-            argv[0],
-            f"--config={Path(__file__).resolve().parents[1] / DEFAULT_CONFIG}",
-            *argv[1:],
-        ]
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; without --config the default one.
+
+    Raises:
+        ArgumentError: a flag is unknown, or its value does not fit.
+    """
+    if not any(argument.lstrip("-").partition("=")[0] == "config" for argument in argv[1:]):
+        config = Path(__file__).resolve().parents[1] / DEFAULT_CONFIG
+        argv = [argv[0], f"--config={config}", *argv[1:]]
+    values = define_flags(argv)
+    parse(values, argv, __doc__)
+    return values
+
+
+def _measure(argv: list[str]) -> None:
+    values = parse_flags(argv)
+    config, folder = values.config, Path(values.output).expanduser()
     try:
-        check_config_arguments(argv)
-        rest = flags.FLAGS(argv)
-    except Exception as error:  # a config file may raise anything
-        sys.exit(_fail(str(error).strip().splitlines()[-1], 2))
-    if len(rest) > 1:
-        sys.exit(_fail(f"{rest[1]!r} is no flag: flags begin with -- (--help lists them)", 2))
-    return rest
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return status
-
-
-def _stop(signum: int, _: Any) -> None:
-    raise KeyboardInterrupt(signum)
-
-
-def main(_: list[str]) -> None:
-    """Checks the arguments, measures, prints the table."""
-    args = flags.FLAGS
-    folder = Path(args.output).expanduser()
-    try:
-        config = args.config
-        sections = parse_choices(args.what, SECTIONS, "what")
-        settings = settings_from_flags(args)
+        sections = parse_choices(values.what, SECTIONS, "what")
+        settings = settings_from_flags(values)
         check_config(config, base.get_config())
         if config.optimizer.name != "adamw" or config.optimizer.frozen:
             raise ValueError("config.optimizer: the comparison is of 'adamw' on every parameter")
-    except (ValueError, OSError) as error:
-        sys.exit(_fail(str(error), 2))
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, _stop)
-    try:
-        check_writable(folder)
-        configure(settings)
-        if settings.quick:
-            config.dataset.num_frames = min(config.dataset.num_frames, QUICK_FRAMES)
-        if jax.default_backend() != "cpu":
-            settings = dataclasses.replace(settings, num_devices=1)
-        if jax.default_backend() == "cpu" and torch.get_num_threads() != num_cpus():
-            note(
-                f"PyTorch uses {torch.get_num_threads()} threads, JAX all {num_cpus()} cores: "
-                f"unset OMP_NUM_THREADS for a fair comparison"
-            )
-        report = run_sections(config, settings, sections, folder)
-        print(table(report))
-        try:
-            plot(report, folder)
-        except ImportError:
-            note("no plots: matplotlib is not installed")
-    except KeyboardInterrupt as stop:
-        signum = stop.args[0] if stop.args else signal.SIGINT
-        sys.exit(
-            _fail(f"stopped by signal {signum}; what was measured is in {folder}", 128 + signum)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    check_output_folder(folder, "--output")
+    configure(settings)
+    if settings.quick:
+        config.dataset.num_frames = min(config.dataset.num_frames, QUICK_FRAMES)
+    if jax.default_backend() != "cpu":
+        settings = dataclasses.replace(settings, num_devices=1)
+    if jax.default_backend() == "cpu" and torch.get_num_threads() != num_cpus():
+        note(
+            f"PyTorch uses {torch.get_num_threads()} threads, JAX all {num_cpus()} cores: "
+            f"unset OMP_NUM_THREADS for a fair comparison"
         )
-    except Exception as error:
-        if args.debug:
-            raise
-        known = isinstance(error, ValueError | OSError)
-        sys.exit(_fail(f"{'' if known else f'{type(error).__name__}: '}{error}", 1))
+    try:
+        report = run_sections(config, settings, sections, folder)
+    except (KeyboardInterrupt, Stopped) as stop:
+        stop.add_note(f"what was measured is in {folder}")
+        raise
+    print(table(report))
+    try:
+        plot(report, folder)
+    except ImportError:
+        note("no plots: matplotlib is not installed")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status."""
+    return run(_measure, sys.argv if argv is None else argv)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main, flags_parser=parse)
+    start(main)

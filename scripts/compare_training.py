@@ -27,11 +27,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from input_pipeline.command_line import leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import jax
 import numpy as np
 import optax
 import torch
-from absl import app, flags
+from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -39,7 +44,8 @@ from tqdm import tqdm
 import input_pipeline
 from configs import base
 from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
-from rvit_jax.checkpoint import write_json
+from rvit_jax.checkpoint import check_writable, write_json
+from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import LEVELS, check_config, leaf_keys, lookup, suggest
 from weights_converter import mapping
 from weights_converter.run_archive import for_torch
@@ -386,33 +392,62 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def define_flags() -> None:
-    """Not at import: absl's flags are one set for the whole process, tests included."""
-    config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command's flags; `argv` tells which config keys are set."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, and a variant after a colon",
+        flag_values=values,
+        sys_argv=argv,
+    )
     flags.DEFINE_integer(
-        "seeds", 3, "Runs per contender, with config.seed and those that follow it.", 1
+        "seeds",
+        3,
+        "Runs per contender, with config.seed and those that follow it.",
+        1,
+        flag_values=values,
     )
     flags.DEFINE_list(
         "contenders",
         ["jax", "torch"],
         f"Out of {', '.join(CONTENDERS)}; the last one is what the others are compared with.",
+        flag_values=values,
     )
-    flags.DEFINE_string("workdir", "results/compare_training", "Where the results are kept.")
-    flags.mark_flag_as_required("config")
+    flags.DEFINE_string(
+        "workdir",
+        "results/compare_training",
+        "Where the results are kept.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
+    return values
 
 
-def main(_: list[str]) -> None:
-    """Checks the config, compares, prints the table."""
-    args = flags.FLAGS
-    config = args.config
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; raises ArgumentError where one is unknown, missing or does not fit."""
+    values = define_flags(argv)
+    parse(values, argv, __doc__)
+    require(values, config="configs/gestures.py")
+    return values
+
+
+def _work(argv: list[str]) -> None:
+    values = parse_flags(argv)
+    workdir = Path(values.workdir).expanduser()
     try:
-        check_config(config, base.get_config())
-        print(table(compare(config, args.contenders, args.seeds, Path(args.workdir))))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        check_config(values.config, base.get_config())
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    check_writable(workdir)
+    print(table(compare(values.config, values.contenders, values.seeds, workdir)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status."""
+    return run(_work, sys.argv if argv is None else argv)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    start(main)

@@ -8,13 +8,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from input_pipeline.command_line import check_output_file, leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
 from input_pipeline import jester
 from input_pipeline.transforms import decode_image, resize_array
+from rvit_jax.command import ArgumentError, parse, run, start
 
 CAPTION_WIDTH = 220
 
@@ -36,31 +42,60 @@ def draw_sheet(split: jester.Split, num_frames: int, side: int) -> Image.Image:
     return sheet
 
 
-def define_flags() -> None:
-    """Not at import: absl's flags are one set for the whole process, tests included."""
-    config_flags.DEFINE_config_file("config", None, "Config file, and a variant after a colon")
-    flags.DEFINE_string("output", None, "Picture to write; its ending gives the format.")
-    flags.DEFINE_enum("split", "test", jester.SPLITS, "Split to take the clips from.")
-    flags.DEFINE_integer("frames", 9, "Frames of each clip, evenly spaced.", 2)
-    flags.DEFINE_integer("side", 72, "Width and height of each frame, in pixels.", 16)
-    flags.mark_flags_as_required(["config", "output"])
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command's flags; `argv` tells which config keys are set."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file, and a variant after a colon",
+        flag_values=values,
+        sys_argv=argv,
+    )
+    flags.DEFINE_string(
+        "output", None, "Picture to write; its ending gives the format.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "split", "test", jester.SPLITS, "Split to take the clips from.", flag_values=values
+    )
+    flags.DEFINE_integer("frames", 9, "Frames of each clip, evenly spaced.", 2, flag_values=values)
+    flags.DEFINE_integer(
+        "side", 72, "Width and height of each frame, in pixels.", 16, flag_values=values
+    )
+    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
+    return values
 
 
-def main(_: list[str]) -> None:
-    """Reads the split and writes the picture."""
-    args = flags.FLAGS
-    dataset = args.config.dataset
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; raises ArgumentError where one is unknown, missing or does not fit."""
+    values = define_flags(argv)
+    parse(values, argv, __doc__)
+    require(values, config="configs/gestures.py", output="sheet.jpg")
+    return values
+
+
+def _work(argv: list[str]) -> None:
+    values = parse_flags(argv)
+    output = Path(values.output).expanduser()
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ArgumentError(f"--output={output}: its ending is no picture's; take .jpg or .png")
+    if output.is_dir():
+        check_output_file(output)
+    dataset = values.config.dataset
     split = jester.read_split(
-        dataset.data_dir, args.split, tuple(dataset.classes), name=dataset.name
+        dataset.data_dir, values.split, tuple(dataset.classes), name=dataset.name
     )
     if split.labels is None:
-        raise app.UsageError(f"the {args.split} split has no labels: name another with --split")
-    output = Path(args.output)
+        raise ArgumentError(f"the {values.split} split has no labels: name another with --split")
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(split, args.frames, args.side).save(output)
+    draw_sheet(split, values.frames, values.side).save(output)
     print(output)
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status."""
+    return run(_work, sys.argv if argv is None else argv)
+
+
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    start(main)

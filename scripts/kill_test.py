@@ -33,6 +33,11 @@ from typing import Any
 # For the processes that a run starts in turn: they get this path, not what is already imported.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from input_pipeline.command_line import Parser, leave_at_once
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 LIMIT_S = 900.0  # that one start may take
 NUM_EPOCHS = 6
 
@@ -379,9 +384,7 @@ def damage_each(workdir: Path, scratch: Path, rng: random.Random) -> dict[str, A
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the test and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of part (a)")
     parser.add_argument("--terms", type=int, default=5, help="SIGTERMs of part (b)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")

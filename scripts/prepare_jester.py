@@ -19,11 +19,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from input_pipeline.command_line import leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 from absl import flags
 
 from input_pipeline.jester import SPLITS
 from input_pipeline.source import few
-from rvit_jax.command import ArgumentError, parse, run, start
+from rvit_jax.command import parse, run, start
 
 
 def define_flags() -> flags.FlagValues:
@@ -82,9 +87,7 @@ def _ids(what: str, ids: list[str], indent: str = "") -> str:
 def _prepare(argv: list[str]) -> None:
     values = define_flags()
     parse(values, argv, __doc__)
-    for name in ("source", "data_dir"):
-        if not values[name].value:
-            raise ArgumentError(f"--{name} is missing: say --{name}=DIR (--help lists the flags)")
+    require(values, source="DIR", data_dir="DIR")
     from input_pipeline import jester_dataset_builder as builder  # TFDS takes a second
 
     try:

@@ -18,8 +18,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from input_pipeline.command_line import check_output_file, leave_at_once, require
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
@@ -27,6 +32,7 @@ import input_pipeline
 import rvit_jax
 from configs import base
 from rvit_jax.checkpoint import write_json
+from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config
 from rvit_jax.streaming import Streams
 
@@ -189,39 +195,65 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def define_flags() -> None:
-    """Not at import: absl's flags are one set for the whole process, tests included."""
-    config_flags.DEFINE_config_file("config", None, "Config file of the data, and a variant.")
-    flags.DEFINE_string("checkpoint", None, "Workdir, checkpoint folder or converted model.")
-    flags.DEFINE_string("split", "test", "Split that the clips come from.")
-    flags.DEFINE_string("idle_class", "No gesture", "Class of what comes before each clip.")
-    flags.DEFINE_integer("idle_frames", 3000, "Frames of video before each clip.", 0)
-    flags.DEFINE_integer("clips", 1024, "Clips to answer.", 1)
-    flags.DEFINE_string("output", None, "JSON file to write the table to.")
-    flags.mark_flags_as_required(["config", "checkpoint"])
+def define_flags(argv: list[str]) -> flags.FlagValues:
+    """The command's flags; `argv` tells which config keys are set."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Config file of the data, and a variant.",
+        flag_values=values,
+        sys_argv=argv,
+    )
+    for name, default, what in (
+        ("checkpoint", None, "Workdir, checkpoint folder or converted model."),
+        ("split", "test", "Split that the clips come from."),
+        ("idle_class", "No gesture", "Class of what comes before each clip."),
+        ("output", None, "JSON file to write the table to."),
+    ):
+        flags.DEFINE_string(name, default, what, flag_values=values)
+    flags.DEFINE_integer(
+        "idle_frames", 3000, "Frames of video before each clip.", 0, flag_values=values
+    )
+    flags.DEFINE_integer("clips", 1024, "Clips to answer.", 1, flag_values=values)
+    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
+    return values
 
 
-def main(_: list[str]) -> None:
-    """Measures, prints the table."""
-    values = flags.FLAGS
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; raises ArgumentError where one is unknown, missing or does not fit."""
+    values = define_flags(argv)
+    parse(values, argv, __doc__)
+    require(values, config="configs/gestures.py:all", checkpoint="results/gestures_all")
+    return values
+
+
+def _work(argv: list[str]) -> None:
+    values = parse_flags(argv)
     try:
         check_config(values.config, base.get_config())
-        summary = measure(
-            values.config,
-            values.checkpoint,
-            values.split,
-            idle_class=values.idle_class,
-            num_idle_frames=values.idle_frames,
-            num_clips=values.clips,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except ValueError as error:
+        raise ArgumentError(str(error)) from error
+    output = Path(values.output).expanduser() if values.output else None
+    if output is not None:
+        check_output_file(output)
+    summary = measure(
+        values.config,
+        values.checkpoint,
+        values.split,
+        idle_class=values.idle_class,
+        num_idle_frames=values.idle_frames,
+        num_clips=values.clips,
+    )
     print(table(summary))
-    if values.output:
-        write_json(Path(values.output), summary)
+    if output is not None:
+        write_json(output, summary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command and returns the exit status."""
+    return run(_work, sys.argv if argv is None else argv)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    start(main)

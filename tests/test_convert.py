@@ -849,7 +849,10 @@ def test_module_runs_as_a_command(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path} is a folder; expected a file of PyTorch weights\n"
+    said = (
+        f"error: {tmp_path} is a folder; expected a file of PyTorch weights (--debug shows where)"
+    )
+    assert done.stderr == f"{said}\n"
 
 
 def torch_epochs(module, optim, data, num_steps: int) -> list[float]:
@@ -921,7 +924,7 @@ def test_a_run_goes_on_where_pytorch_stopped(tmp_path, frozen):
     run.train_step = watched
     description = checkpoint.describe_model(config, jester_folder.CLASSES)
     with checkpoint.Checkpoints(tmp_path / "run", description, keep=1) as checkpoints:
-        run.train(checkpoints, train._StopRequest())
+        run.train(checkpoints, train._StopRequest(), run.read_start())
     assert len(losses_seen) == len(theirs) == 12
     assert np.max(np.abs(np.subtract(losses_seen, theirs)) / theirs) <= 1e-4
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -44,7 +44,6 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 import rvit_jax
@@ -256,24 +255,17 @@ def parse_prepare(arguments: Sequence[str]) -> set[str]:
 
 
 def parse_script(name: str) -> Callable[[Sequence[str]], set[str]]:
-    """Of a script whose flags are absl's one set for the whole process: they go again."""
+    """Of a script with a config."""
 
     def parse(arguments: Sequence[str]) -> set[str]:
         script = importlib.import_module(f"scripts.{name}")
         argv = [name, *arguments]
-        command.check_config_arguments(argv)
-        before = set(flags.FLAGS)
-        with flagsaver.flagsaver(), mock.patch.object(sys, "argv", argv):
-            script.define_flags()
-            names = set(flags.FLAGS) - before
-            if name == "benchmark":  # has a config when none is named
-                script.parse(argv)
-                script.parse_choices(flags.FLAGS.what, script.SECTIONS, "what")
-                script.settings_from_flags(flags.FLAGS)
-            else:
-                command.parse(flags.FLAGS, argv, "")
-            check_config(flags.FLAGS.config, base.get_config())
-        return names
+        values = script.parse_flags(argv)
+        if name == "benchmark":
+            script.parse_choices(values.what, script.SECTIONS, "what")
+            script.settings_from_flags(values)
+        check_config(values.config, base.get_config())
+        return set(values)
 
     return parse
 

@@ -4,17 +4,20 @@ Exit status: 0 done; 1 the work failed, with one line on stderr; 2 wrong argumen
 signal n. Nothing of JAX or PyTorch is imported before the file was read and found good.
 """
 
+from input_pipeline.command_line import Parser, leave_at_once, run
+
+if __name__ == "__main__":
+    leave_at_once()  # the imports below take seconds
+
 import argparse
 import contextlib
 import functools
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from rvit_jax.config import ATTENTION_KINDS
-from weights_converter.archive import one_line
 
 TRUST = (
     "This loads and runs the code in FILE, which may do anything that you may: only for a file "
@@ -23,16 +26,16 @@ TRUST = (
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m weights_converter",
         description="Converts RViT weights between PyTorch and Flax, and proves them equal.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
-    reads_file = argparse.ArgumentParser(add_help=False)
+    reads_file = Parser(add_help=False)
     reads_file.add_argument("file", metavar="FILE", type=Path)
-    runs_file = argparse.ArgumentParser(add_help=False, parents=[reads_file])
+    runs_file = Parser(add_help=False, parents=[reads_file])
     runs_file.add_argument(
         "--timeout",
         type=_whole(1),
@@ -133,8 +136,7 @@ def _to_flax(args: argparse.Namespace) -> int:
         _share_cpus()
     class_names = None
     if args.class_names is not None:
-        lines = args.class_names.read_text(encoding="utf-8-sig").splitlines()
-        class_names = [line.strip() for line in lines if line.strip()]
+        class_names = _read_names(args.class_names)
     convert.to_flax(
         args.file,
         args.out_dir,
@@ -147,6 +149,19 @@ def _to_flax(args: argparse.Namespace) -> int:
         say=functools.partial(print, flush=True),
     )
     return 0
+
+
+def _read_names(file: Path) -> list[str]:
+    """The lines of --class_names that are not blank."""
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise ValueError(
+            f"--class_names={file} cannot be read: {reason}; expected a text file with a class "
+            "name on each line, in index order"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _to_torch(args: argparse.Namespace) -> int:
@@ -175,9 +190,11 @@ def _verify(args: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"verify needs PyTorch, which is not installed: {error}") from error
 
-    different = []
-    print(f"{'':10}{'error':>9} {'bar':>9}  part")
+    different, begun = [], False
     for part in verify.verify(source, args.checkpoint, prove=args.prove, timeout=args.timeout):
+        if not begun:  # once nothing can stop it any more
+            print(f"{'':10}{'error':>9} {'bar':>9}  part")
+            begun = True
         if part.error is None:
             print(f"{'UNKNOWN':10}{'-':>9} {part.bar:9.1e}  {part.name}: {part.where}", flush=True)
         else:
@@ -200,18 +217,12 @@ _COMMANDS = {"inspect": _inspect, "to_flax": _to_flax, "to_torch": _to_torch, "v
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit status."""
-    args = _parser().parse_args(argv)
-    try:
-        return _COMMANDS[args.command](args)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except Exception as error:  # of JAX, Orbax and PyTorch, any kind
-        if args.debug:
-            traceback.print_exc()
-        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        print(f"error: {one_line(kind + str(error), 1500)}", file=sys.stderr)
-        return 1
+    return run(_work, ["weights_converter", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _work(argv: list[str]) -> int:
+    args = _parser().parse_args(argv[1:])
+    return _COMMANDS[args.command](args)
 
 
 def _terminate(signum: int, _frame: object) -> None:

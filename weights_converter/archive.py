@@ -25,6 +25,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from input_pipeline.command_line import one_line
+
 # Far above any RViT (the XL with its optimizer state: 1.3 GB, 1,000 tensors), far below what hurts.
 MAX_FILE_BYTES = 4 << 30
 MAX_MEMBERS = 20_000
@@ -776,13 +778,6 @@ def _clip(text: Any, most: int = 100) -> str:
     if not isinstance(text, str | int):
         return f"a {_kind(text)}"
     return repr(text if len(str(text)) <= most else f"{str(text)[:most]}...")
-
-
-def one_line(text: str, most: int) -> str:
-    """A text as one terminal line: what a file's names do to a terminal is kept from it."""
-    line = " ".join(text.split())
-    line = line if len(line) <= most else f"{line[:most]} ..."
-    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def _reason(error: BaseException) -> str:

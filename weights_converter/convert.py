@@ -125,6 +125,8 @@ def describe(found: Recognised) -> Iterator[str]:
 def _check_out_dir(out_dir: Path) -> Path:
     """The folder by its real path. Before anything else is done: the work shall not be lost."""
     real = out_dir.resolve()
+    if real.is_file():
+        raise OSError(f"{out_dir} is a file: name a new folder for the converted model")
     if real.exists() and (not real.is_dir() or any(real.iterdir())):
         raise OSError(f"{out_dir} exists and is not empty: name another folder, or remove it")
     if real == Path.cwd():
