@@ -12,9 +12,9 @@ import heapq
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -29,7 +29,10 @@ from rvit_jax.config import suggest
 from rvit_jax.files import written_aside
 from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
-EvalStep = Callable[[nnx.State, nnx.State, steps.Batch], tuple[Array, Array]]
+if TYPE_CHECKING:
+    from input_pipeline.loader import BatchIterator
+
+EvalStep = Callable[[steps.State, steps.State, steps.Batch], tuple[Array, Array]]
 HOST_KEYS = ("label", "num_frames", "mask", "id")  # of a batch: what its results need
 WORST_CLIPS = 12  # that the report shows
 
@@ -92,9 +95,9 @@ def on_device(batch: dict[str, Any]) -> steps.Batch:
 
 def evaluate_split(
     eval_step: EvalStep,
-    params: nnx.State,
-    fixed: nnx.State,
-    dataset: Iterator[dict[str, Any]],
+    params: steps.State,
+    fixed: steps.State,
+    dataset: "BatchIterator",
     *,
     num_classes: int,
     multi_label: bool = False,
@@ -240,7 +243,11 @@ class _Results:
             probabilities=np.concatenate(self._probabilities),
             label=np.concatenate(self._labels),
             metrics=self._metrics.result() if labelled else None,
-            confusion=self._metrics.confusion if labelled and not self._multi_label else None,
+            confusion=(
+                self._metrics.confusion
+                if labelled and isinstance(self._metrics, ClassificationMetrics)
+                else None
+            ),
             num_skipped=self._num_skipped,
             answers=anytime.Answers.concatenate(self._answers) if self._answers else None,
             worst=tuple(
@@ -268,11 +275,11 @@ def _gather_clips(clips: list[tuple[int, Clip]]) -> list[tuple[int, Clip]]:
     gathered = []
     for part in distributed.gather_arrays(arrays):
         for index in range(len(part) // 5):
-            number, clip_id, video, probabilities, label = (
+            place, clip_id, video, probabilities, label = (
                 part[f"{index}/{field}"]
                 for field in ("number", "id", "video", "probabilities", "label")
             )
-            gathered.append((int(number), Clip(str(clip_id), video, probabilities, int(label))))
+            gathered.append((int(place), Clip(str(clip_id), video, probabilities, int(label))))
     return gathered
 
 
@@ -288,7 +295,7 @@ def _first_view(batch: dict[str, Any], row: int, first: int) -> np.ndarray:
 
 
 def make_record(
-    result: SplitResult, split: str, config: ConfigDict, path: str | os.PathLike, step: int
+    result: SplitResult, split: str, config: ConfigDict, path: str | os.PathLike[str], step: int
 ) -> dict[str, Any]:
     """One evaluation as one JSON object; fractions, not percent."""
     measured = result.metrics or {"num_clips": len(result.ids)}
@@ -308,7 +315,7 @@ def evaluate(
     config: ConfigDict,
     workdir: Path,
     split: str,
-    checkpoint_path: str | os.PathLike,
+    checkpoint_path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on a split of the config's data set and writes the results.
@@ -340,7 +347,7 @@ def evaluate(
     parts = distributed.part_of_batches()
     dataset = input_pipeline.get_dataset(config, split, training=False, **parts)
     module = loaded.model.module
-    graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
+    graphdef, params, *(fixed,) = nnx.split(module, nnx.Param, ...)
     loss_per_clip = losses.make_loss(config.loss)
     multi_label = config.loss.name == "binary_cross_entropy"
     if dataset.has_labels and dataset.multi_label != multi_label:
@@ -373,6 +380,7 @@ def evaluate(
         send=layout.send,
     )
     dataset.close()
+    assert result is not None  # nothing stops it
     record = make_record(result, split, config, loaded.path, loaded.step)
     measured = None
     if result.answers is not None:
@@ -474,15 +482,15 @@ def write_results(
     for endings, now in stale.items():
         for ending in endings if now is None else ():
             (folder / f"{stem}{ending}").unlink(missing_ok=True)
-    predicted = result.probabilities.argmax(axis=-1)
+    predicted = result.probabilities.argmax(axis=-1).tolist()
     rows = [("id", "predicted", "probability", "label")]
     for clip_id, row, index, label in zip(
         result.ids, result.probabilities, predicted, result.label, strict=True
     ):
         if np.ndim(label):
-            name = " | ".join(class_names[k] for k in np.flatnonzero(label))
+            name = " | ".join(class_names[k] for k in np.flatnonzero(label).tolist())
         else:
-            name = class_names[label] if label >= 0 else ""
+            name = class_names[int(label)] if label >= 0 else ""
         rows.append((clip_id, class_names[index], f"{row[index]:.6f}", name))
     _write_csv(folder / f"{stem}_predictions.csv", rows)
     if result.confusion is not None:
