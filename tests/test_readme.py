@@ -75,6 +75,7 @@ FOREIGN = {
     "source": "enters it",
     "ffmpeg": "gives raw frames, which the walk gives too",
     "ruff": "is run on every change",
+    "mypy": "the same",
 }
 FOREIGN_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type",)
 # Blocks that are no commands, by the word that they begin with.
