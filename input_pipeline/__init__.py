@@ -60,12 +60,12 @@ def get_dataset(
             split has no clip of one of the `ids`.
         FileNotFoundError: the data, a CSV file or the folder of a clip is missing.
     """
-    from input_pipeline import loader  # brings Grain, and Grain brings jax
+    from input_pipeline import clips, loader  # brings Grain, and Grain brings jax
 
     # Its checks come before any drawing.
     if training is None:
         training = split == "train"
-    options = loader.ClipOptions.from_config(config, training=training)
+    options = clips.ClipOptions.from_config(config, training=training)
     source = open_source(config, split, process_index=process_index)
     return loader.BatchIterator(
         source.select(ids) if ids else source,

@@ -138,6 +138,9 @@ def _open(
     config.dataset.missing = "skip"  # to be listed, whatever training does
     source = input_pipeline.open_source(config, split)
     if config.dataset.name in input_pipeline.VIDEO_NAMES:
+        from input_pipeline.video_files import VideoFiles
+
+        assert isinstance(source, VideoFiles)
         listed = [("missing", f"the video of {clip_id} is missing") for clip_id in source.missing]
     else:
         what = f"{source.num_missing} clips of the CSV were left out when the set was prepared"
@@ -190,7 +193,8 @@ def _read_folder(folder: Path) -> _Reading:
     except FileNotFoundError as error:
         return _Reading(folder.name, "", 0, (("no frames", str(error)),))
     problems = []
-    numbers = [jester.frame_number(os.path.basename(file)) for file in files]
+    every = (jester.frame_number(os.path.basename(file)) for file in files)
+    numbers = [number for number in every if number is not None]
     twice = sorted({n for n in numbers if numbers.count(n) > 1})
     if twice:
         problems.append(("numbers", f"{folder}: two files have the number {twice[0]}"))
@@ -236,7 +240,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
 
 
 def _report(problems: list[Problem], counts: dict[str, dict[str, int]]) -> None:
-    shown = collections.Counter()
+    shown: collections.Counter[str] = collections.Counter()
     for problem in problems:
         shown[problem.kind] += 1
         if shown[problem.kind] <= MOST_LINES:

@@ -354,6 +354,7 @@ class ClipReader:
             indices, options.frame_order, seed=options.seed, clip_id=self._source.ids[index]
         )
         if self._reversed is not None:
+            assert random is not None  # in training there is one
             indices, label = label_maps.reverse_at_random(
                 indices,
                 label,

@@ -189,7 +189,7 @@ def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -
         limit = "" if least is None else f" from {least:g}"
         return f"{given}: expected a {'whole number' if whole else 'number'}{limit}"
     if "tuple" in type(flag.parser).__name__.lower():
-        example = values["config"].value
+        example: Any = values["config"].value
         for part in name.split(".")[1:]:
             example = example[part]
         return (
@@ -282,9 +282,10 @@ def _load_config(spec: str) -> ConfigDict:
         config = values.config
         getattr(config, "lock", None)  # where the file raised an OSError, it comes now
     except Exception as error:  # a config file of the user's own may raise anything
-        raised = error
+        raised: BaseException = error
         if isinstance(error, flags.IllegalFlagValueError):  # absl's, of ml_collections', of it
-            raised = error.__context__.__context__ or error.__context__
+            raised = error.__context__ or error
+            raised = raised.__context__ or raised
         elif isinstance(error, OSError):
             raised = error.__cause__ or error
         raise ArgumentError(f"--config={spec}: {_reason(raised, file)}") from error

@@ -44,7 +44,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -329,7 +329,7 @@ _GESTURES: dict[str, Callable[[np.random.Generator, int], Motion]] = {
 
 def _versions() -> dict[str, list[tuple[str, bool, bool]]]:
     """Class -> every (gesture above, mirrored?, reversed?) that shows it."""
-    versions = {name: [] for name in CLASS_NAMES}
+    versions: dict[str, list[tuple[str, bool, bool]]] = {name: [] for name in CLASS_NAMES}
     for gesture in _GESTURES:
         for mirrored in (False, True):
             name = MIRRORED[gesture] if mirrored else gesture
@@ -413,7 +413,7 @@ def _shared_drawings(label: str, opposite: str | None, counts: dict[str, int]) -
         pairs, odd = divmod(counts[label], 2)
         yield from [[(label, False), (label, True)]] * pairs + [[(label, False)]] * odd
         return
-    forwards, backwards = counts[label], counts.get(opposite, 0)
+    forwards, backwards = counts[label], counts.get(opposite, 0) if opposite else 0
     for i in range(max(forwards, backwards)):
         yield [(label, False)] * (i < forwards) + [(opposite, True)] * (i < backwards)
 
@@ -454,6 +454,7 @@ def _start_worker() -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends us
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def end_with_parent():
         parent.join()
@@ -491,7 +492,7 @@ def _write_missing(videos: Path, plan: list[_Drawing], num_workers: int, progres
                 bar.update(num_clips)
 
 
-def _results(videos: Path, tasks: list[list[_Drawing]], num_workers: int) -> Iterator[int]:
+def _results(videos: Path, tasks: list[list[_Drawing]], num_workers: int) -> Generator[int]:
     if num_workers <= 1:
         yield from (_write_drawings(videos, task) for task in tasks)
         return

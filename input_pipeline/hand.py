@@ -253,13 +253,15 @@ def _draw_room(rng, width: int) -> np.ndarray:
     height, width = IMAGE_HEIGHT + 2 * _MARGIN, width + 2 * _MARGIN
     tint = 1 + 0.15 * rng.uniform(-1, 1, 3)
     patches = rng.uniform(60, 215) + rng.uniform(5, 22) * rng.standard_normal((4, 6, 1))
-    room = cv2.resize(np.float32(patches * tint), (width, height), interpolation=cv2.INTER_CUBIC)
+    room = cv2.resize(
+        (patches * tint).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+    )
     room = np.clip(room, 0, 255).astype(np.uint8)
     for _ in range(rng.integers(1, 7)):
         middle, half = rng.uniform((0, 0), (width, height)), rng.uniform(6, 38, 2)
         colour = rng.uniform(40, 215) * (1 + 0.25 * rng.uniform(-1, 1, 3))
         outline = _BOX if rng.random() < 0.6 else _DISC
-        cv2.fillConvexPoly(room, np.int32(middle + half * outline), colour.tolist())
+        cv2.fillConvexPoly(room, (middle + half * outline).astype(np.int32), colour.tolist())
     return cv2.GaussianBlur(room, (0, 0), rng.uniform(0.8, 3))
 
 
@@ -269,4 +271,4 @@ def _light(rng, width: int) -> np.ndarray:
     slope = rng.uniform(0, 0.22) * np.exp(2j * np.pi * rng.random())
     light = 1 + slope.real * x + slope.imag * y - rng.uniform(0, 0.08) * (x**2 + y**2)
     colour = rng.uniform(0.82, 1.08) * (1 + 0.06 * rng.uniform(-1, 1, 3))
-    return np.float32(light[..., None] * colour)
+    return (light[..., None] * colour).astype(np.float32)

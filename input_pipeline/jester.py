@@ -189,7 +189,7 @@ def read_split(
             "name others in dataset.classes, or leave it empty"
         )
     ids = tuple(row.clip_id for row in rows)
-    index = {name: i for i, name in enumerate(class_names)}
+    index: dict[str | None, int] = {name: i for i, name in enumerate(class_names)}
     return Split(
         name=split,
         frames_dir=str(_find_frames_dir(data_dir, ids, csv_file)),

@@ -72,7 +72,7 @@ class Plan:
 
     def places(self) -> dict[str, list[tuple[str, int]]]:
         """Where each wanted clip goes: id -> [(split, label)]; two splits may share a clip."""
-        index = {name: i for i, name in enumerate(self.class_names)}
+        index: dict[str | None, int] = {name: i for i, name in enumerate(self.class_names)}
         places: dict[str, list[tuple[str, int]]] = {}
         for split, rows in self.rows.items():
             for row in rows:
@@ -114,7 +114,8 @@ def read_plan(
         known.update(dict.fromkeys(jester.known_classes(csv_file.parent)))
     class_names = tuple(known)
     jester.check_classes(tuple(classes), class_names)
-    rows, labelled, csv_ids, digests = {}, {}, set(), {}
+    rows, labelled, digests = {}, {}, {}
+    csv_ids: set[str] = set()
     for split, csv_file in csv_files.items():
         every = jester.read_csv(csv_file)
         csv_ids.update(row.clip_id for row in every)
@@ -334,7 +335,8 @@ class _Ledger:
 
     def metadata(self) -> dict[str, Any]:
         """What reading needs: per split the clips in the order of the CSV, and their records."""
-        index = {name: i for i, name in enumerate(self._plan.class_names)}
+        names = enumerate(self._plan.class_names)
+        index: dict[str | None, int] = {name: i for i, name in names}
         splits = {}
         for split, rows in self._plan.rows.items():
             here = [row for row in rows if row.clip_id in self.records[split]]
@@ -373,7 +375,7 @@ class _Ledger:
     def _split_report(self, split: str, empty: set[str]) -> dict[str, Any]:
         rows, records = self._plan.rows[split], self.records[split]
         frames = self._num_frames[split]
-        labels = [row.label for row in rows if row.clip_id in records]
+        labels = [row.label for row in rows if row.clip_id in records and row.label is not None]
         labelled = self._plan.labelled[split]
         return {
             "num_clips": len(records),

@@ -110,8 +110,12 @@ def find_parts(source: Path) -> list[Part]:
         size = path.stat().st_size
         if not size:
             raise ValueError(f"{path} is empty: download it again")
-        parts.append(Part(path.name, size, functools.partial(path.open, "rb")))
+        parts.append(Part(path.name, size, functools.partial(_open, path)))
     return parts
+
+
+def _open(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 class PartsSource:
@@ -373,7 +377,7 @@ class _TarStream:
         block = self._take(tarfile.BLOCKSIZE, keep=True)
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed forgot it
             return None
         except (tarfile.HeaderError, ValueError) as error:
             self._damaged(f"no tar header where one should be: {error}")

@@ -100,9 +100,9 @@ def map_label(
     present = np.flatnonzero(label)
     if np.any(class_map[present] == NEVER):
         return None
-    mapped = np.zeros_like(label)
-    mapped[class_map[present]] = label[present]
-    return mapped
+    moved = np.zeros_like(label)
+    moved[class_map[present]] = np.asarray(label)[present]
+    return moved
 
 
 def clip_generator(seed: int, epoch: int, clip_id: str) -> np.random.Generator:
@@ -123,7 +123,7 @@ def reverse_indices(indices: np.ndarray) -> np.ndarray:
 
 def reverse_at_random(
     indices: np.ndarray,
-    label: int | np.integer | np.ndarray,
+    label: int | np.ndarray,
     class_map: np.ndarray,
     *,
     probability: float,
@@ -178,7 +178,7 @@ def jitter_stride(stride: float, rates: Sequence[float], *, random: np.random.Ge
 
 
 def _index_map(names: tuple[str, ...], becomes: Mapping[str, str]) -> np.ndarray:
-    index = {name: i for i, name in enumerate(names)}
+    index: dict[str | None, int] = {name: i for i, name in enumerate(names)}
     return np.array([index.get(becomes.get(name), NEVER) for name in names], np.int32)
 
 

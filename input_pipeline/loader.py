@@ -117,9 +117,10 @@ class BatchIterator(Iterator[Batch]):
         self.num_missing = source.num_missing
         self.class_names = source.class_names
         self.has_labels = source.labels is not None
-        self.multi_label = self.has_labels and source.labels.ndim == 2
-        self._reader = ClipReader(source, options, cache=cache)
-        lengths = self._reader.lengths() if options.length_buckets else None
+        self.multi_label = source.labels is not None and source.labels.ndim == 2
+        reader = ClipReader(source, options, cache=cache)
+        self._reader: ClipReader | None = reader
+        lengths = reader.lengths() if options.length_buckets else None
         self._order = ClipOrder(
             self.num_clips,
             batch_size,

@@ -18,7 +18,7 @@ class Place(NamedTuple):
         num_frames: T of the batch; 0: the config's.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple's own, which nobody calls
     epoch: int
     num_frames: int = 0
 

@@ -28,22 +28,31 @@ ChooseFrames = Callable[[VideoInfo], np.ndarray]
 
 
 class Source(Protocol):
-    """The clips of one split. Threads may share one; worker processes get it pickled.
+    """The clips of one split. Threads may share one; worker processes get it pickled."""
 
-    Attributes:
-        name: "train", "validation" or "test".
-        ids: one id per clip.
-        labels: class index per clip, int32 [num_clips]; of several labels per clip, float32
-            [num_clips, K] of 0 and 1; None where the data gives none.
-        class_names: in index order.
-        num_missing: clips that the data's lists name and that are not there; they are left out.
-    """
+    @property
+    def name(self) -> str:
+        """Which split: "train", "validation" or "test"."""
 
-    name: str
-    ids: tuple[str, ...]
-    labels: np.ndarray | None
-    class_names: tuple[str, ...]
-    num_missing: int
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """One id per clip."""
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class index per clip, int32 [num_clips].
+
+        Of several labels per clip, float32 [num_clips, K] of 0 and 1; None where the data gives
+        none.
+        """
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In index order."""
+
+    @property
+    def num_missing(self) -> int:
+        """Clips that the data's lists name and that are not there; they are left out."""
 
     def read(self, index: int, choose: ChooseFrames) -> list[np.ndarray]:
         """Decodes the frames of clip `index` that `choose` names, and no others if it can.

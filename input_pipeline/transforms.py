@@ -114,7 +114,8 @@ def _decode_alike() -> bool:
         for options in ({}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True}):
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "JPEG", **options)
-            if not np.array_equal(_decode_with_opencv(file), _decode_with_pillow(file)):
+            ours = _decode_with_opencv(file)
+            if ours is None or not np.array_equal(ours, _decode_with_pillow(file)):
                 logging.info("OpenCV decodes JPEG otherwise than Pillow here: Pillow is used")
                 return False
     return True

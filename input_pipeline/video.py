@@ -16,7 +16,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -176,7 +176,8 @@ class VideoFile(Video):
             if not stream.disposition & Disposition.attached_pic  # a record's cover
         ]
         if not films:
-            kinds = {s.type for s in self._container.streams} - {"video"} or {"a still picture"}
+            kinds = {str(s.type) for s in self._container.streams} - {"video"}
+            kinds = kinds or {"a still picture"}
             self._container.close()
             raise ValueError(
                 f"{path} has no film, only {' and '.join(sorted(kinds))}, or is cut short"
@@ -211,11 +212,13 @@ class VideoFile(Video):
         """
         if stamp_s is not None and self._start_s is None:
             self._start_s = stamp_s
-        own_s = None if stamp_s is None else stamp_s - self._start_s
+        own_s = None
+        if stamp_s is not None and self._start_s is not None:
+            own_s = stamp_s - self._start_s
         last_s = self._time_s
         if own_s is None or (last_s is not None and own_s < last_s):
             self._counts = True
-        if not self._counts:
+        if not self._counts and own_s is not None:
             self._time_s = own_s if last_s is None or own_s > last_s else last_s + 1e-3
         elif self.frame_rate is None:
             return None
@@ -236,7 +239,7 @@ class VideoFile(Video):
             return f"cut short: its {count} frames end {missing_s:.1f} s before its announced end"
         return None
 
-    def _packets(self) -> Iterator[tuple[object, str | None]]:
+    def _packets(self) -> Iterator[tuple[Any, str | None]]:
         """Packets of the film; at an error of the container, the reason, and the end.
 
         Sound is read along, for the file may be announced as long as that.
@@ -254,7 +257,7 @@ class VideoFile(Video):
         except av.FFmpegError as error:
             yield None, reason_of(error)
 
-    def _decode(self, packet) -> Iterator[tuple[object | None, str | None]]:
+    def _decode(self, packet: Any) -> Iterator[tuple[Any, str | None]]:
         """A packet's frames, or why it has none."""
         import av
 
@@ -384,7 +387,7 @@ class Camera(Video):
     def _frames(self) -> Iterator[Frame]:
         yield from newest_frames(self._captured(), self)
 
-    def _captured(self) -> Iterator[Frame]:
+    def _captured(self) -> Generator[Frame]:
         start, index = None, 0
         self._idle.clear()
         try:

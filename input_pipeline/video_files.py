@@ -132,6 +132,12 @@ class _Row:
     places: tuple[tuple[str, str], ...]
     spans: tuple[tuple[str, float, float], ...] = ()  # of class names
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Its labels, in a split that has them."""
+        assert self.labels is not None
+        return self.labels
+
 
 @dataclasses.dataclass(frozen=True)
 class _Listed:
@@ -236,7 +242,7 @@ def _assemble(
     if labelled:
         _check_coverage(listed, split, class_names, explicit=bool(wanted))
         if not listed.multi_label:
-            rows = [row for row in rows if row.labels[0] in set(class_names)]
+            rows = [row for row in rows if row.given[0] in set(class_names)]
     if not rows:
         raise ValueError(
             f"{listed.file} holds no clip of the classes wanted ({few(class_names)}): name others "
@@ -263,10 +269,10 @@ def _assemble(
 
 def _label_array(rows: list[_Row], index: Mapping[str, int], multi_label: bool) -> np.ndarray:
     if not multi_label:
-        return np.array([index[row.labels[0]] for row in rows], np.int32)
+        return np.array([index[row.given[0]] for row in rows], np.int32)
     matrix = np.zeros((len(rows), len(index)), np.float32)
     for place, row in enumerate(rows):
-        matrix[place, [index[name] for name in row.labels if name in index]] = 1.0
+        matrix[place, [index[name] for name in row.given if name in index]] = 1.0
     return matrix
 
 
@@ -295,7 +301,7 @@ def _check_labels(listed: _Listed, split: str) -> bool:
         )
     known = set(listed.classes)
     for row in listed.rows:
-        for label in row.labels:
+        for label in row.given:
             if label not in known:
                 raise ValueError(
                     f"{row.where}: unknown label {label!r}{_suggest(label, listed.classes)}"
@@ -306,7 +312,7 @@ def _check_labels(listed: _Listed, split: str) -> bool:
 def _check_coverage(
     listed: _Listed, split: str, class_names: tuple[str, ...], *, explicit: bool
 ) -> None:
-    present = {label for row in listed.rows for label in row.labels}
+    present = {label for row in listed.rows for label in row.given}
     absent = [name for name in class_names if name not in present]
     if split == "train" and absent and explicit:
         raise ValueError(
@@ -316,7 +322,7 @@ def _check_coverage(
     if absent:
         logging.warning("%s has no clip of %s", listed.file, few(absent))
     wanted = set(class_names)
-    left_out = sum(not wanted & set(row.labels) for row in listed.rows)
+    left_out = sum(not wanted & set(row.given) for row in listed.rows)
     if left_out and not listed.multi_label:
         logging.warning(
             "%s: %d of %d clips are of other classes than those asked for, and left out",

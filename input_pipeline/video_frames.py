@@ -154,7 +154,7 @@ def read_index(path: str) -> VideoIndex:
         raise ValueError(f"{path} holds no frames, or is cut short: {_REMEDY}")
     if kind not in _EXACT_STAMPS or None in times or len(set(times)) < num_frames:
         return VideoIndex(num_frames, rate)  # frames can only be counted
-    stamps = sorted(times)
+    stamps = sorted(pts for pts in times if pts is not None)
     if codec not in _CLEAN_KEYS:
         return VideoIndex(num_frames, rate, _compact(stamps))
     return VideoIndex(num_frames, rate, _compact(stamps), _keys(packets, stamps[-1]))
@@ -171,7 +171,7 @@ def _keys(packets: list[_Packet], last: int) -> tuple[_Key, ...]:
 def _read_packets(container: Any, stream: Any, codec: str, path: str) -> list[_Packet]:
     import av
 
-    packets = []
+    packets: list[_Packet] = []
     extra = bytes(stream.codec_context.extradata or b"")
     try:
         for packet in container.demux(stream):
@@ -343,6 +343,7 @@ def _decode(path: str, film: VideoIndex, wanted: list[int]) -> dict[int, np.ndar
 
 def _runs(film: VideoIndex, wanted: list[int]) -> list[tuple[_Key, list[int]]]:
     """Groups frames by the last key frame that is shown no later than they are."""
+    assert film.stamps is not None
     keys = film.keys or (_START,)
     times = [key.pts for key in keys]
     runs: dict[_Key, list[int]] = {}
@@ -356,6 +357,7 @@ def _decode_by_time(
     path: str, film: VideoIndex, runs: list[tuple[_Key, list[int]]]
 ) -> dict[int, np.ndarray]:
     """Decodes runs of frames, each from its key frame on; frames are known by their times."""
+    assert film.stamps is not None
     numbers = {int(film.stamps[frame]): frame for _, frames in runs for frame in frames}
     images: dict[int, np.ndarray] = {}
     with _opened(path) as (container, stream):

@@ -56,7 +56,7 @@ class WatchedBatches(Iterator[Any]):
         """
         self._batches, self._timeout_s, self._endless = batches, timeout_s, endless
         self._others = set(multiprocessing.active_children())
-        self._workers: set[multiprocessing.Process] = set()
+        self._workers: set[multiprocessing.process.BaseProcess] = set()
         self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._read, name="watched-batches", daemon=True)
@@ -90,6 +90,7 @@ class WatchedBatches(Iterator[Any]):
         self._batches.close()
 
     def _read(self) -> None:
+        given: tuple[Any, BaseException | None]
         while self._wanted.get():
             try:
                 given = next(self._batches), None
@@ -119,6 +120,6 @@ class WatchedBatches(Iterator[Any]):
             if worker.exitcode == 0:
                 # Grain's threads wait for it without end, and closing Grain's iterator for them.
                 # With another exit code they give up.
-                worker._popen.returncode = 1
+                worker._popen.returncode = 1  # type: ignore[attr-defined]  # is private
             worker.kill()  # they do not listen to gentler signals
         raise WorkerError(why)

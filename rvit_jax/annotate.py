@@ -57,7 +57,10 @@ def draw_answer(image: np.ndarray, top: Sequence[tuple[str, float]], caption: st
 
 
 def shortened(
-    draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont, width: int
+    draw: ImageDraw.ImageDraw,
+    text: str,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    width: int,
 ) -> str:
     """`text`, cut to `width` pixels with an ellipsis."""
     if draw.textlength(text, font=font) <= width:

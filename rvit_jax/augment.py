@@ -104,7 +104,7 @@ def make_augment(config: ConfigDict, class_names: Sequence[str]) -> Augment:
             return video, label
         given = video
         real = (jnp.arange(video.shape[1]) < num_frames[:, None]) & mask[:, None]  # [B, T]
-        if flips:
+        if class_map is not None:
             key_flip = jax.random.fold_in(key, _FLIP)
             video, label = _flip(key_flip, video, label, class_map, options.horizontal_flip)
         if changes or mixes:
@@ -217,7 +217,7 @@ def _to_levels(video: Video) -> Levels:
     return levels if video.dtype == jnp.uint8 else (levels + 1) * 127.5
 
 
-def _from_levels(levels: Levels, dtype) -> Array:
+def _from_levels(levels: Levels, dtype: jnp.dtype) -> Array:
     """Video [B, T, H, W, 3] of a dtype that `_to_levels` takes; clipped to its range."""
     levels = jnp.moveaxis(levels, 1, -1)
     if dtype == jnp.uint8:
@@ -252,7 +252,7 @@ def _flip(
         moves = np.zeros((len(class_map), len(class_map)), np.float32)
         moves[np.flatnonzero(present), class_map[present]] = 1
         mirrored = jnp.matmul(label, moves, precision="highest").astype(label.dtype)
-    flip = can & jax.random.bernoulli(key, probability, can.shape)
+    flip = jnp.logical_and(can, jax.random.bernoulli(key, probability, can.shape))
     label = jnp.where(flip if label.ndim == 1 else flip[:, None], mirrored, label)
     return jnp.where(_per_clip(flip), video[:, :, :, ::-1], video), label
 
@@ -293,7 +293,7 @@ def _resample(levels: Levels, boxes: Boxes) -> Levels:
     """
     height, width = levels.shape[-2:]
 
-    def resample_clip(clip, box):
+    def resample_clip(clip: ClipLevels, box: Float[Array, "4"]) -> Array:
         scale = 1 / box[2:]
         translation = -box[:2] * scale * jnp.array([height, width])
         # Outside of the frame it puts 0, which the shift makes grey.
@@ -400,7 +400,9 @@ def _rand_augment(
     return levels
 
 
-def _if_any(chosen: Array, change: Callable[..., Array], levels: Levels, *arguments: Array):
+def _if_any(
+    chosen: Array, change: Callable[..., Array], levels: Levels, *arguments: Array
+) -> Array:
     """`change` of all the clips, which leaves those that are not `chosen` as they are.
 
     A batch without any is spared. Besides, XLA computes a conditional's input once; else it fuses
@@ -418,7 +420,7 @@ def _matrix(ops: Ops, strength: Strengths) -> Float[Array, "2 3"]:
     for i in range(len(ops)):
         on = {name: ops[i] == index for index, name in enumerate(RAND_AUGMENT_OPS)}
 
-        def amount(name: str, most: float, on=on, i=i) -> Array:
+        def amount(name: str, most: float, on: dict[str, Array] = on, i: int = i) -> Array:
             return jnp.where(on[name], most * strength[i], 0)
 
         angle = amount("rotate", _MAX_ROTATION)

@@ -36,10 +36,10 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
 from configs import base
-from input_pipeline.command_line import check_output_folder
+from input_pipeline.command_line import check_output_folder, leaf_keys
 from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax import precision, seal
-from rvit_jax.config import leaf_keys, lookup
+from rvit_jax.config import lookup
 from rvit_jax.files import exclusively, flush, flush_tree, written_aside
 from rvit_jax.layers import in_float32
 from rvit_jax.model import CompiledRViT, normalise
@@ -120,7 +120,7 @@ def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, 
     }
 
 
-class _KeepLatestAndBest(policies.PreservationPolicy):
+class _KeepLatestAndBest(policies.PreservationPolicy):  # type: ignore[misc]  # Orbax has no types
     """Keeps the latest `keep` checkpoints and the best one; of equals the later is the best.
 
     Args:
@@ -131,7 +131,7 @@ class _KeepLatestAndBest(policies.PreservationPolicy):
     def __init__(self, keep: int, metrics_of: Callable[[int], dict[str, Any] | None]):
         self._keep, self._metrics_of = keep, metrics_of
 
-    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Whether each checkpoint stays; they come in the order of their steps."""
         del context
         steps = [checkpoint.step for checkpoint in checkpoints]
@@ -143,7 +143,7 @@ def _rank(metrics: dict[str, Any] | None, step: int) -> tuple[float, int]:
     """The greatest is the best checkpoint: highest top1 or mAP, of equals the later."""
     if not metrics:
         return (-1.0, step)
-    return (metrics.get("mean_average_precision", metrics.get("top1")), step)
+    return (metrics.get("mean_average_precision", metrics.get("top1", -1.0)), step)
 
 
 _T = TypeVar("_T")
@@ -202,7 +202,7 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             with self._saving():
                 self._manager.close()
@@ -277,12 +277,13 @@ class Checkpoints:
         for step in sorted(metas, reverse=True):
             folder = self._folder(step)
             restored, problem = self._try(lambda: _read_step(folder, metas[step], template))  # noqa: B023
-            if restored is not None and problem is None:
+            if problem is not None:
+                damaged[folder] = problem
+            elif restored is not None:
                 self._set_aside(damaged)
                 # Read now: later the first of several processes may just be deleting one.
                 self._metrics |= {number: meta.get("metrics") for number, meta in metas.items()}
                 return self._replace(state, restored)
-            damaged[folder] = problem
         if damaged:
             raise ValueError(
                 f"{self._root} holds no whole checkpoint: {'; '.join(damaged.values())}. They are "
@@ -356,12 +357,13 @@ class Checkpoints:
 
     def _read_metas(self) -> tuple[dict[int, dict[str, Any]], dict[Path, str]]:
         """The description of each step, and of those that have none that can be used, the cause."""
-        metas, damaged = {}, {}
+        metas: dict[int, dict[str, Any]] = {}
+        damaged: dict[Path, str] = {}
         for step, folder in self._step_folders().items():
             meta, problem = self._try(lambda: _read_step_description(folder))  # noqa: B023
-            if meta is None or problem is not None:
+            if problem is not None:
                 damaged[folder] = problem
-            else:
+            elif meta is not None:
                 metas[step] = meta
         return metas, damaged
 
@@ -395,7 +397,7 @@ class Checkpoints:
             nnx.replace_by_pure_dict(state.ema, _select(arrays["ema"], nnx.to_pure_dict(state.ema)))
         state = with_variables(state, arrays["params"])
         optimizer = arrays["optimizer"]
-        state = state.replace(step=optimizer["step"], opt_state=optimizer["state"])
+        state = dataclasses.replace(state, step=optimizer["step"], opt_state=optimizer["state"])
         return state, restored["data"]
 
     def _metrics_of(self, step: int) -> dict[str, Any] | None:
@@ -443,7 +445,7 @@ def _items(state: TrainState) -> dict[str, Any]:
         "optimizer": {"step": state.step, "state": state.opt_state},
     }
     if state.ema is not None:
-        items["ema"] = _variables(state.replace(params=state.ema))
+        items["ema"] = _variables(dataclasses.replace(state, params=state.ema))
     return items
 
 
@@ -595,7 +597,7 @@ def with_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
     params, fixed = state.params, state.fixed
     nnx.replace_by_pure_dict(params, _select(variables, nnx.to_pure_dict(params)))
     nnx.replace_by_pure_dict(fixed, _select(variables, nnx.to_pure_dict(fixed)))
-    return state.replace(params=params, fixed=fixed)
+    return dataclasses.replace(state, params=params, fixed=fixed)
 
 
 def _select(tree: dict[Any, Any], like: dict[Any, Any]) -> dict[Any, Any]:
@@ -654,7 +656,7 @@ class LoadedModel:
         return np.asarray(normalise(video))
 
 
-def load(path: str | os.PathLike) -> LoadedModel:
+def load(path: str | os.PathLike[str]) -> LoadedModel:
     """Loads a model.
 
     Args:
@@ -716,7 +718,7 @@ def with_defaults(config: ConfigDict) -> ConfigDict:
     return completed
 
 
-def resolve_checkpoint(path: str | os.PathLike) -> Path:
+def resolve_checkpoint(path: str | os.PathLike[str]) -> Path:
     """The checkpoint folder that `path` means; see `load`.
 
     Raises:
@@ -750,7 +752,7 @@ def _no_checkpoint_message(path: Path) -> str:
     )
 
 
-def has_steps(workdir: str | os.PathLike) -> bool:
+def has_steps(workdir: str | os.PathLike[str]) -> bool:
     """Whether a run in `workdir` would go on; whether its checkpoints are whole is seen then."""
     return any(f.name.isdecimal() for f in (Path(workdir) / "checkpoints").glob("[0-9]*"))
 

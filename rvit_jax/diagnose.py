@@ -1,5 +1,7 @@
 """Where a forward pass grows too large: for the message of a run that stops on it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +38,7 @@ def largest_activations(
     names = ["patch_embedding", *layers, "state", "logits"]
 
     def read_frame(
-        variables: nnx.State, frame: Array, hidden: Array, active: Array
+        variables: nnx.State[Any, Any], frame: Array, hidden: Array, active: Array
     ) -> tuple[list[Array], Array]:
         module = nnx.merge(graphdef, variables)
         module.remat = "none"  # what is captured must leave the layers
@@ -59,7 +61,7 @@ def largest_activations(
     return dict(zip(names, total.tolist(), strict=True))
 
 
-def _output(captured: nnx.State, name: str) -> Array:
+def _output(captured: Any, name: str) -> Array:
     """What a module's call returned, of the captures of one pass; `name` as "layers/0/mlp"."""
     for part in name.split("/"):
         captured = captured[int(part) if part.isdigit() else part]

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypedDict
 
 import numpy as np
 
@@ -115,7 +115,7 @@ def _checked(given: dict[str, Any]) -> tuple[str | None, int | None, int | None]
         except ValueError:
             raise ValueError(f"{name} is {given[name]!r}: expected a whole number") from None
     total, index = numbers["num_processes"], numbers["process_id"]
-    if (total is not None and total < 1) or (None not in (total, index) and not 0 <= index < total):
+    if total is not None and (total < 1 or (index is not None and not 0 <= index < total)):
         raise ValueError(
             f"--process_id={index} of --num_processes={total}: they are counted from 0 to "
             f"{max(total - 1, 0)}"
@@ -188,7 +188,7 @@ def _check_port(address: str, variable: str) -> None:
         )[0]
     except OSError as error:
         raise OSError(f"{name}: the host {host} is unknown here: {error.strerror}") from error
-    if not variable and host not in _LOOPBACK and where[0].startswith("127."):
+    if not variable and host not in _LOOPBACK and str(where[0]).startswith("127."):
         raise OSError(
             f"{name}: here {host} means {where[0]}, which no other machine can reach: give an "
             "address of process 0's network, or localhost where all processes are on one machine"
@@ -287,7 +287,14 @@ def only_first_speaks() -> Iterator[None]:
         yield
 
 
-def part_of_batches() -> dict[str, int]:
+class Part(TypedDict, total=False):
+    """Which of the processes this is, and how many there are; empty where there is one."""
+
+    process_index: int
+    process_count: int
+
+
+def part_of_batches() -> Part:
     """What `input_pipeline.get_dataset` has to know of the processes; nothing of a single one."""
     import jax
 
@@ -332,7 +339,8 @@ def gather_arrays(arrays: Mapping[str, np.ndarray]) -> list[dict[str, np.ndarray
     if jax.process_count() == 1:
         return [dict(arrays)]
     file = io.BytesIO()
-    np.savez(file, **arrays)
+    # Names are ours: none is that of NumPy's other argument.
+    np.savez(file, **arrays)  # type: ignore[arg-type]
     gathered = []
     for content in gather(file.getvalue()):
         with np.load(io.BytesIO(content), allow_pickle=False) as loaded:

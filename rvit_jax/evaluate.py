@@ -12,9 +12,9 @@ import heapq
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -24,13 +24,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
+from input_pipeline.command_line import suggest
 from input_pipeline.source import few
 from rvit_jax import anytime, checkpoint, distributed, losses, sharding, steps
-from rvit_jax.config import suggest
 from rvit_jax.files import written_aside
 from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
-EvalStep = Callable[[nnx.State, nnx.State, steps.Batch], tuple[Array, Array]]
+if TYPE_CHECKING:
+    from input_pipeline.loader import BatchIterator
+
+EvalStep = Callable[[steps.State, steps.State, steps.Batch], tuple[Array, Array]]
 HOST_KEYS = ("label", "num_frames", "mask", "id")  # of a batch: what its results need
 WORST_CLIPS = 12  # that the report shows
 
@@ -93,9 +96,9 @@ def on_device(batch: dict[str, Any]) -> steps.Batch:
 
 def evaluate_split(
     eval_step: EvalStep,
-    params: nnx.State,
-    fixed: nnx.State,
-    dataset: Iterator[dict[str, Any]],
+    params: steps.State,
+    fixed: steps.State,
+    dataset: "BatchIterator",
     *,
     num_classes: int,
     multi_label: bool = False,
@@ -241,7 +244,11 @@ class _Results:
             probabilities=np.concatenate(self._probabilities),
             label=np.concatenate(self._labels),
             metrics=self._metrics.result() if labelled else None,
-            confusion=self._metrics.confusion if labelled and not self._multi_label else None,
+            confusion=(
+                self._metrics.confusion
+                if labelled and isinstance(self._metrics, ClassificationMetrics)
+                else None
+            ),
             num_skipped=self._num_skipped,
             answers=anytime.Answers.concatenate(self._answers) if self._answers else None,
             worst=tuple(
@@ -269,11 +276,11 @@ def _gather_clips(clips: list[tuple[int, Clip]]) -> list[tuple[int, Clip]]:
     gathered = []
     for part in distributed.gather_arrays(arrays):
         for index in range(len(part) // 5):
-            number, clip_id, video, probabilities, label = (
+            place, clip_id, video, probabilities, label = (
                 part[f"{index}/{field}"]
                 for field in ("number", "id", "video", "probabilities", "label")
             )
-            gathered.append((int(number), Clip(str(clip_id), video, probabilities, int(label))))
+            gathered.append((int(place), Clip(str(clip_id), video, probabilities, int(label))))
     return gathered
 
 
@@ -289,7 +296,7 @@ def _first_view(batch: dict[str, Any], row: int, first: int) -> np.ndarray:
 
 
 def make_record(
-    result: SplitResult, split: str, config: ConfigDict, path: str | os.PathLike, step: int
+    result: SplitResult, split: str, config: ConfigDict, path: str | os.PathLike[str], step: int
 ) -> dict[str, Any]:
     """One evaluation as one JSON object; fractions, not percent."""
     measured = result.metrics or {"num_clips": len(result.ids)}
@@ -309,7 +316,7 @@ def evaluate(
     config: ConfigDict,
     workdir: Path,
     split: str,
-    checkpoint_path: str | os.PathLike,
+    checkpoint_path: str | os.PathLike[str],
     overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on a split of the config's data set and writes the results.
@@ -349,7 +356,7 @@ def evaluate(
         )
     module = loaded.model.module
     module.schedule, module.segment_frames = config.model.schedule, config.model.segment_frames
-    graphdef, params, fixed = nnx.split(module, nnx.Param, ...)
+    graphdef, params, *(fixed,) = nnx.split(module, nnx.Param, ...)
     result = evaluate_split(
         layout.compile_whole(_choose_step(config, graphdef)),
         layout.place(params, whole=True),
@@ -365,6 +372,7 @@ def evaluate(
         send=layout.send,
     )
     dataset.close()
+    assert result is not None  # nothing stops it
     record = make_record(result, split, config, loaded.path, loaded.step)
     measured = None
     if result.answers is not None:
@@ -379,7 +387,7 @@ def evaluate(
     return record
 
 
-def _choose_step(config: ConfigDict, graphdef: nnx.GraphDef) -> EvalStep:
+def _choose_step(config: ConfigDict, graphdef: nnx.GraphDef[Any]) -> EvalStep:
     """The step that answers after every frame, or at the end alone.
 
     There is no one answer before the clip is over where frames hold colours of other moments, a
@@ -497,15 +505,15 @@ def write_results(
     for endings, now in stale.items():
         for ending in endings if now is None else ():
             (folder / f"{stem}{ending}").unlink(missing_ok=True)
-    predicted = result.probabilities.argmax(axis=-1)
+    predicted = result.probabilities.argmax(axis=-1).tolist()
     rows = [("id", "predicted", "probability", "label")]
     for clip_id, row, index, label in zip(
         result.ids, result.probabilities, predicted, result.label, strict=True
     ):
         if np.ndim(label):
-            name = " | ".join(class_names[k] for k in np.flatnonzero(label))
+            name = " | ".join(class_names[k] for k in np.flatnonzero(label).tolist())
         else:
-            name = class_names[label] if label >= 0 else ""
+            name = class_names[int(label)] if label >= 0 else ""
         rows.append((clip_id, class_names[index], f"{row[index]:.6f}", name))
     _write_csv(folder / f"{stem}_predictions.csv", rows)
     if result.confusion is not None:

@@ -163,18 +163,18 @@ def make_programs(model: CompiledRViT, what: Sequence[str], dtype: str) -> list[
     leaves, treedef = jax.tree.flatten(jax.device_get(state))
     num_layers, _, num_tokens, size = module.initial_hidden(1).shape
     side = module.image_size
-    num_classes = module.head.dense.bias.shape[0]
+    num_classes = module.head.dense.out_features
     frame = Argument("frame", "B H W 3", ("b", side, side, 3), dtype)
     video = Argument("video", "B T H W 3", ("b", "t", side, side, 3), dtype)
     hidden = Argument("hidden", "L B S D", (num_layers, "b", num_tokens, size), "float32")
     new_hidden = dataclasses.replace(hidden, name="new_hidden")  # ONNX names each array once
     logits = Argument("logits", "B K", ("b", num_classes), "float32")
 
-    def step(leaves, frame, hidden):
+    def step(leaves: list[Any], frame: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
         return model.step(frame, hidden)
 
-    def clip(leaves, video):
+    def clip(leaves: list[Any], video: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
         return model(video)
 
@@ -232,7 +232,8 @@ def write_savedmodel(
             with_gradient=False,
         )
 
-        def call(*inputs, converted=converted, names=names):
+        # TensorFlow reads its signature: no annotations.
+        def call(*inputs, converted=converted, names=names):  # type: ignore[no-untyped-def]
             return dict(zip(names, converted(module.weights, *inputs), strict=True))
 
         specs = [
@@ -348,6 +349,7 @@ def describe_export(
     made_by |= {name: _version(name) for name in packages}
     if "savedmodel" in formats:
         made_by["tensorflow"] = _version("tensorflow", "tensorflow-cpu")
+    options: Any = jax.config  # which gets its attributes at run time
     return {
         "format": FORMAT,
         "programs": {
@@ -368,7 +370,7 @@ def describe_export(
         "model": loaded.config.model.to_dict(),
         "checkpoint": {"path": str(loaded.path), "step": loaded.step},
         "platforms": list(platforms),
-        "calling_convention_version": jax.config.jax_export_calling_convention_version,
+        "calling_convention_version": options.jax_export_calling_convention_version,
         "made_by": made_by,
     }
 
@@ -456,15 +458,17 @@ def check_export(
     errors: dict[str, dict[str, float] | None] = {}
     with tempfile.TemporaryDirectory(prefix="rvit_jax_export_") as scratch:
         cases = Path(scratch) / "cases.npz"
-        np.savez(cases, **_cases(loaded, dtype, device or jax.devices()[0]))
+        # Names are ours: none is that of NumPy's other argument.
+        np.savez(cases, **_cases(loaded, dtype, device or jax.devices()[0]))  # type: ignore[arg-type]
         for form in formats:
             if not can_run[form]:
                 errors[form] = None
                 say(f"NOT CHECKED: {form} for {', '.join(platforms)} cannot run here")
                 continue
             say(f"running {form} in a fresh process")
-            errors[form] = _run_fresh(folder, form, cases, name)
-            for program, error in errors[form].items():
+            here = _run_fresh(folder, form, cases, name)
+            errors[form] = here
+            for program, error in here.items():
                 if not error <= BAR:
                     raise ValueError(
                         f"the exported {program} ({form}) is not the model: it differs by "
@@ -489,7 +493,7 @@ def _cases(loaded: LoadedModel, dtype: str, device: jax.Device) -> dict[str, np.
     model = CompiledRViT(nnx.merge(graphdef, jax.device_put(state, device)))
     random = np.random.default_rng(0)
     side, num_frames = loaded.config.model.image_size, loaded.config.dataset.num_frames
-    cases = {}
+    cases: dict[str, np.ndarray] = {}
     for index, (batch_size, length) in enumerate([(1, num_frames), (3, max(2, num_frames // 2))]):
         video = random.integers(0, 256, (batch_size, length, side, side, 3), np.uint8)
         if dtype != "uint8":
@@ -558,7 +562,7 @@ def define_flags() -> flags.FlagValues:
 def _check_flags(values: flags.FlagValues) -> None:
     require(values, checkpoint="DIR", output="DIR")
     for name, choices in (("format", FORMATS), ("platforms", PLATFORMS)):
-        unknown = [value for value in values[name].value if value not in choices]
+        unknown = [value for value in values[name].value or () if value not in choices]
         if unknown or not values[name].value:
             what = f"{unknown[0]!r} is unknown" if unknown else "nothing is named"
             raise ArgumentError(f"--{name}: {what}; choose from {', '.join(choices)}")

@@ -34,7 +34,7 @@ from ml_collections import ConfigDict
 from rvit_jax import checkpoint, optimizer, precision, vit
 from rvit_jax.config import lookup
 from rvit_jax.shapes import HostOrDevice
-from rvit_jax.steps import TrainState, begin_average
+from rvit_jax.steps import State, TrainState, begin_average
 
 # Keys of config.model that change no shape and no function of the weights.
 _FREE_MODEL_KEYS = (
@@ -153,7 +153,7 @@ def _go_on(
     else:
         notes.append(f"going on after epoch {epoch} (from 0), at step {step}")
     return Start(
-        state.replace(step=jnp.asarray(step, state.step.dtype), opt_state=opt_state),
+        dataclasses.replace(state, step=jnp.asarray(step, state.step.dtype), opt_state=opt_state),
         epochs,
         tuple(notes),
     )
@@ -167,10 +167,11 @@ def _with_variables(state: TrainState, variables: dict[str, Any]) -> TrainState:
     own = nnx.to_pure_dict(nnx.merge_state(state.params, state.fixed))
     variables = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), variables, own)
     state = checkpoint.with_variables(state, variables)
-    state = state.replace(opt_state=precision.with_master_of(state.opt_state, state.params))
+    opt_state = precision.with_master_of(state.opt_state, state.params)
+    state = dataclasses.replace(state, opt_state=opt_state)
     if state.ema is None:
         return state
-    return state.replace(ema=begin_average(state.params))
+    return dataclasses.replace(state, ema=begin_average(state.params))
 
 
 def _take_weights(
@@ -220,7 +221,7 @@ def _take_weights(
     return _with_variables(state, variables), notes
 
 
-def _resized(name: str, array: HostOrDevice, like: Array) -> HostOrDevice | None:
+def _resized(name: str, array: HostOrDevice, like: HostOrDevice) -> HostOrDevice | None:
     """The array in the shape of `like`, itself in the same one; None where nothing mends that."""
     shape = like.shape
     if array.shape == shape:
@@ -254,9 +255,9 @@ def resize_patches(kernel: HostOrDevice, size: int) -> Array:
     old = kernel.shape[0]
     basis = jnp.eye(old * old).reshape(old, old, old * old)
     basis = jax.image.resize(basis, (size, size, old * old), "bicubic")
-    basis = np.asarray(basis, np.float64).reshape(size * size, old * old)
+    spread = np.asarray(basis, np.float64).reshape(size * size, old * old)
     flat = np.asarray(kernel, np.float64).reshape(old * old, -1)
-    resized = np.linalg.pinv(basis.T) @ flat  # [size^2, 3 D]
+    resized = np.linalg.pinv(spread.T) @ flat  # [size^2, 3 D]
     return jnp.asarray(resized.reshape(size, size, *kernel.shape[2:]), kernel.dtype)
 
 
@@ -274,7 +275,8 @@ def _path(name: str) -> tuple[str | int, ...]:
 
 def _names(some: Iterable[str], of: Iterable[str]) -> str:
     """Paths in short: `x/*` where all parameters of a module are meant, layers as `layers/0-7`."""
-    some, modules = set(some), {}
+    some = set(some)
+    modules: dict[str, list[str]] = {}
     for name in of:
         modules.setdefault(name.rpartition("/")[0], []).append(name)
     layers: dict[str, list[int]] = {}  # name with its layer as {} -> layers
@@ -397,7 +399,7 @@ def _take_over(
     )
     missing: list[str] = []
 
-    def moments(like: nnx.State, saved: nnx.State) -> nnx.State:
+    def moments(like: State, saved: State) -> State:
         flat = dict(nnx.to_flat_state(saved))
         pairs = []
         for path, leaf in nnx.to_flat_state(like):

@@ -6,17 +6,19 @@ training would start elsewhere.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 LAYER_NORM_EPSILON = 1e-5
 
 
-class UnusedParam(nnx.Variable):
+class UnusedParam(nnx.Variable[Array]):
     """A parameter carried for a lossless round trip: no gradient, no decay, no optimizer state."""
 
 
@@ -24,7 +26,9 @@ def uniform_fan_in(fan_in: int) -> Callable[..., Array]:
     """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)): `torch.nn.Linear` and `Conv2d`, weight and bias."""
     bound = 1.0 / math.sqrt(fan_in)
 
-    def initialise(key: Array, shape: tuple[int, ...], dtype=jnp.float32, **_) -> Array:
+    def initialise(
+        key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32, **_: object
+    ) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return initialise
@@ -47,8 +51,12 @@ class Linear(nnx.Linear):
         init = uniform_fan_in(in_features)
         super().__init__(in_features, out_features, kernel_init=init, bias_init=init, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+    # Flax's takes a sharding too, which nothing here asks for.
+    def __call__(  # type: ignore[override]
+        self, x: Float[Array, "*batch I"]
+    ) -> Float[Array, "*batch O"]:
         """Returns the projection of the last axis; half precision is summed in float32."""
+        assert self.bias is not None
         return add_bias(x @ self.kernel[...].astype(x.dtype), self.bias[...])
 
 
@@ -59,7 +67,7 @@ class LayerNorm(nnx.Module):
     where the mean is large, as in a recurrent state that grows.
     """
 
-    def __init__(self, size: int, *, rngs: nnx.Rngs, variable: type[nnx.Variable] = nnx.Param):
+    def __init__(self, size: int, *, rngs: nnx.Rngs, variable: type[nnx.Variable[Any]] = nnx.Param):
         del rngs  # the same signature as every other part; ones and zeros need no random numbers
         self.scale = variable(jnp.ones(size))
         self.bias = variable(jnp.zeros(size))
@@ -102,6 +110,7 @@ class Dropout(nnx.Module):
         dropped = round(self.rate * 2**16)
         if self.deterministic or not dropped:
             return x
+        assert rngs is not None  # `RViT` asks for it
         keep = checkpoint_name(random_uint16(rngs, x.shape) >= dropped, DROPOUT_MASK)
         return jnp.where(keep, x * (2**16 / (2**16 - dropped)), jnp.zeros_like(x))
 

@@ -118,7 +118,7 @@ def _check(values: flags.FlagValues) -> None:
     for name in ("ids", "query"):
         if getattr(values, name) and values.mode != "visualize":
             raise ArgumentError(f"--{name} is for --mode=visualize")
-    from rvit_jax.config import check_config  # brings JAX
+    from rvit_jax.config import check_config
 
     try:
         check_config(values.config, base.get_config(), training=values.mode == "train")
@@ -180,6 +180,7 @@ def _dispatch(values: flags.FlagValues, query: tuple[int, int] | None) -> None:
     import jax  # takes a second, which wrong arguments need not wait for
 
     from rvit_jax import evaluate, train
+    from rvit_jax.checkpoint import resolve_checkpoint
 
     config, workdir = values.config, _workdir(values)
     devices, processes = jax.devices(), jax.process_count()
@@ -190,7 +191,7 @@ def _dispatch(values: flags.FlagValues, query: tuple[int, int] | None) -> None:
         return
     if not values.checkpoint:
         try:
-            evaluate.checkpoint.resolve_checkpoint(workdir)
+            resolve_checkpoint(workdir)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"the workdir {workdir} holds no checkpoint: train first, by the same command "

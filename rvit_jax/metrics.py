@@ -75,7 +75,7 @@ class MultiLabelMetrics:
     Holds all scores: a clip's place among all clips is what counts.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._logits: list[np.ndarray] = []
         self._labels: list[np.ndarray] = []
         self._losses: list[np.ndarray] = []

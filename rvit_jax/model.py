@@ -18,6 +18,7 @@ sums of linear attention and the head are in float32 whatever it is (`precision.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +81,9 @@ class PatchEmbedding(nnx.Module):
         """Returns [B, N, D] for a frame [B, H, W, 3] in [-1, 1]."""
         batch, height, width, channels = frame.shape
         size = self.patch_size
-        patches = frame.reshape(batch, height // size, size, width // size, size, channels)
+        patches = jnp.asarray(frame).reshape(
+            batch, height // size, size, width // size, size, channels
+        )
         patches = patches.transpose(0, 1, 3, 2, 4, 5)  # [B, H/P, W/P, P, P, 3]
         patches = patches.reshape(batch, -1, size * size * channels)
         kernel = self.kernel[...].reshape(size * size * channels, -1).astype(frame.dtype)
@@ -198,7 +201,7 @@ class RViT(nnx.Module):
         self.dropout = Dropout(config.dropout_rate)
         features = size * (num_layers + 1 if config.readout == "class_and_hidden_tokens" else 1)
         if config.head == "linear":
-            self.head = LinearHead(features, config.num_classes, rngs=rngs)
+            self.head: LinearHead | MLPHead = LinearHead(features, config.num_classes, rngs=rngs)
         else:
             rate = config.block_dropout_rate
             self.head = MLPHead(features, config.num_classes, rate, rngs=rngs)
@@ -277,6 +280,7 @@ class RViT(nnx.Module):
         keys = self.split_keys(key)
         new_hidden = []
         for index, layer in enumerate(self.layers):
+            read: Callable[..., tuple[Tokens | OneToken, Tokens]]
             read = functools.partial(self._read_layer, layer, index == len(self.layers) - 1)
             if self.remat == "layers":
                 read = jax.checkpoint(read)
@@ -285,7 +289,16 @@ class RViT(nnx.Module):
             new_hidden.append(self.next_state(gate, hidden[index], g))
         return x[:, 0], jnp.stack(new_hidden)
 
-    def _read_layer(self, layer, last, x, g, positions, position_key, layer_key):
+    def _read_layer(
+        self,
+        layer: EncoderBlock,
+        last: bool,
+        x: Tokens,
+        g: Tokens,
+        positions: Tokens,
+        position_key: PRNGKey | None,
+        layer_key: PRNGKey | None,
+    ) -> tuple[Tokens | OneToken, Tokens]:
         x = self.add_positions(x, positions, position_key)
         return layer(x, g, layer_key, class_token_only=last)
 

@@ -1,6 +1,7 @@
 """The learning-rate schedule and the optax chain that `config.optimizer` asks for."""
 
 import fnmatch
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def learning_rate_schedule(
             0.0 if warmup_steps else rate, rate, warmup_steps, num_epochs * steps_per_epoch
         )
 
-    def step_schedule(step):
+    def step_schedule(step: Any) -> jax.Array:  # a number, or an array of one
         # The reference's: per epoch, powers of ten up to the rate, then a staircase counted from
         # epoch 0, not from the end of the warm-up.
         epoch = step // steps_per_epoch
@@ -45,7 +46,7 @@ def learning_rate_schedule(
     return step_schedule
 
 
-def path_string(path: tuple) -> str:
+def path_string(path: tuple[Any, ...]) -> str:
     """ "layers/0/mlp/dense_in/kernel" for a key path of a parameter tree."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
 
@@ -80,7 +81,7 @@ def make_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradie
     optimizer = optax.chain(*chain)
     if config.frozen:
 
-        def label(params: nnx.State):
+        def label(params: nnx.State[Any, Any]) -> Any:
             return _label_frozen(params, tuple(config.frozen))
 
         parts = {"trained": optimizer, "frozen": optax.set_to_zero()}
@@ -111,7 +112,7 @@ def layer_depth(path: str, num_layers: int) -> int:
 def _decay_by_layer(rate: float) -> optax.GradientTransformation:
     """Multiplies each parameter's update, weight decay included, by `rate ** layer_depth`."""
 
-    def scale(updates: nnx.State, params: nnx.State) -> nnx.State:
+    def scale(updates: nnx.State[Any, Any], params: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
         del params
         paths = [path_string(path) for path, _ in jax.tree_util.tree_flatten_with_path(updates)[0]]
         num_layers = 1 + max(
@@ -139,10 +140,10 @@ def _is_schedule(node: object) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 
 
-def _label_frozen(params: nnx.State, patterns: tuple[str, ...]):
+def _label_frozen(params: nnx.State[Any, Any], patterns: tuple[str, ...]) -> Any:
     """A tree like `params` that says "frozen" or "trained"."""
 
-    def name_of(path: tuple) -> str:
+    def name_of(path: tuple[Any, ...]) -> str:
         return path_string(path).removesuffix("/value")  # where nnx keeps a parameter's array
 
     def is_meant(name: str, pattern: str) -> bool:
@@ -156,7 +157,7 @@ def _label_frozen(params: nnx.State, patterns: tuple[str, ...]):
                 f"{', '.join(paths[:4])}, ..."
             )
 
-    def label_one(path: tuple, _):
+    def label_one(path: tuple[Any, ...], _: object) -> str:
         frozen = any(is_meant(name_of(path), pattern) for pattern in patterns)
         return "frozen" if frozen else "trained"
 

@@ -32,11 +32,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from input_pipeline.video import Frame, RateSampler, Video, open_video
+
+if TYPE_CHECKING:  # imported where they are needed: a wrong argument is told at once
+    from rvit_jax.annotate import Curves, Film
+    from rvit_jax.checkpoint import LoadedModel
+    from rvit_jax.events import Event, EventDetector
+    from rvit_jax.streaming import Streams
 
 TIMED_FRAMES = 10_000  # the latest so many are what the percentiles are of
 BAR_WIDTH = 30
@@ -116,9 +122,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _number(
-    kind: type, least: int | float, most: int | float = 1e9
+    kind: type[int] | type[float], least: int | float, most: int | float = 1e9
 ) -> Callable[[str], int | float]:
-    def parse(text: str):
+    def parse(text: str) -> int | float:
+        value: int | float | None
         try:
             value = kind(text)
         except ValueError:
@@ -154,17 +161,17 @@ class _Signals:
         films: what is not finished when leaving at once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signum = 0
         self.started = False
-        self.films: list[Any] = []
+        self.films: list[Film] = []
         self._waiting = False
 
     def __enter__(self) -> "_Signals":
         self._before = {n: signal.signal(n, self._take) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -196,15 +203,21 @@ class _Stream:
     frames: Iterator[Frame]
     sampler: RateSampler
     default_rate: float  # to tell the time of a video that cannot
-    film: Any  # annotate.Film | None
-    curves: Any  # annotate.Curves | None
-    events: Any  # events.EventDetector | None
+    film: "Film | None"
+    curves: "Curves | None"
+    events: "EventDetector | None"
     active: bool = True
     failure: Exception | None = None  # what ended it before its end
     num_frames: int = 0
     num_steps: int = 0
-    frame: Frame | None = None  # the last one read
+    frame: Frame = dataclasses.field(init=False)  # the last one read
     probabilities: np.ndarray | None = None  # [K], after the last frame that the model read
+
+    @property
+    def answer(self) -> np.ndarray:
+        """`probabilities`, once there are some."""
+        assert self.probabilities is not None
+        return self.probabilities
 
     def time_of(self, frame: Frame) -> float:
         """Seconds since the first frame."""
@@ -237,7 +250,7 @@ class _Report:
             return
         lines = []
         for stream in answered:
-            time_s, top = stream.time_of(stream.frame), self.top(stream.probabilities)
+            time_s, top = stream.time_of(stream.frame), self.top(stream.answer)
             if self._json:
                 self._print_json(
                     stream, {"frame": stream.frame.index, "time_s": round(time_s, 3), "top": top}
@@ -252,9 +265,7 @@ class _Report:
         width, height = shutil.get_terminal_size()
         lines = []
         for stream in streams:
-            lines += self._bars(
-                stream, stream.time_of(stream.frame), self.top(stream.probabilities)
-            )
+            lines += self._bars(stream, stream.time_of(stream.frame), self.top(stream.answer))
         lines = [line[: width - 1] for line in lines][: height - 1]
         up = f"\x1b[{self._lines}A\x1b[J" if self._lines else ""
         self._print(up + "\n".join(lines))
@@ -270,7 +281,7 @@ class _Report:
             lines.append(f"  {name:{widest}} {100 * probability:5.1f} % {bar}")
         return lines
 
-    def event(self, stream: _Stream, event: Any) -> None:
+    def event(self, stream: _Stream, event: "Event") -> None:
         """Something that happened, once it is over."""
         self._lines = 0
         if self._json:
@@ -286,7 +297,7 @@ class _Report:
 
     def result(self, stream: _Stream, milliseconds: list[float]) -> None:
         """The answer after the last frame."""
-        best, probability = self.top(stream.probabilities)[0]
+        best, probability = self.top(stream.answer)[0]
         p50, p95 = np.percentile(milliseconds, [50, 95])
         if self._json:
             record = {
@@ -390,7 +401,11 @@ def predict(args: argparse.Namespace) -> int:
 
 
 def _open_stream(
-    stack: contextlib.ExitStack, args: argparse.Namespace, video: Video, index: int, loaded: Any
+    stack: contextlib.ExitStack,
+    args: argparse.Namespace,
+    video: Video,
+    index: int,
+    loaded: "LoadedModel",
 ) -> _Stream:
     from rvit_jax.annotate import Curves, Film
     from rvit_jax.events import EventDetector
@@ -477,11 +492,11 @@ def _numbered(path: Path, index: int, count: int) -> Path:
 def _run(
     args: argparse.Namespace,
     streams: list[_Stream],
-    states: Any,
+    states: "Streams",
     report: _Report,
     signals: _Signals,
     resize: Callable[[np.ndarray], np.ndarray],
-    milliseconds: deque,
+    milliseconds: deque[float],
 ) -> None:
     """The loop: the next frame of each stream that the model should see, one step, the answers."""
     batch = None
@@ -496,6 +511,7 @@ def _run(
             if batch is None:
                 batch = np.zeros((len(streams), *square.shape), np.uint8)
             batch[row] = square
+        assert batch is not None  # one stream is due
         probabilities = states.step(batch, active)
         milliseconds.append(1e3 * (time.perf_counter() - start))
         for row, stream in due:
@@ -541,14 +557,14 @@ def _add_to_film(stream: _Stream, report: _Report) -> None:
         from rvit_jax.annotate import draw_answer
 
         caption = f"{stream.time_of(stream.frame):.2f} s"
-        top = report.top(stream.probabilities)
+        top = report.top(stream.answer)
         stream.film.add(draw_answer(stream.frame.image, top, caption))
 
 
 def _finish(
     args: argparse.Namespace,
     streams: list[_Stream],
-    states: Any,
+    states: "Streams",
     report: _Report,
     milliseconds: list[float],
 ) -> None:
@@ -586,7 +602,7 @@ def _finish_stream(
         report.result(stream, milliseconds)
     except BrokenPipeError:
         report.closed = True
-    if stream.film is not None and stream.failure is None:  # no half films
+    if stream.film and stream.curves and stream.failure is None:  # no half films
         film = _numbered(args.save, index, len(args.input))
         picture = film.with_suffix(".png")
         stream.film.close()

@@ -51,7 +51,7 @@ from rvit_jax import precision
 from rvit_jax.checkpoint import load
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config
-from rvit_jax.layers import UnusedParam
+from rvit_jax.layers import MLP, UnusedParam
 from rvit_jax.model import EncoderBlock, RViT
 
 LEAST_REPEATS = 5
@@ -126,7 +126,7 @@ def attention_flops(layer: EncoderBlock, num_tokens: int, size: int) -> int:
     return projections + between_tokens
 
 
-def _mlp_flops(mlp: nnx.Module, rows: int) -> int:
+def _mlp_flops(mlp: MLP, rows: int) -> int:
     return _matrix_flops(mlp.dense_in, rows) + _matrix_flops(mlp.dense_out, rows)
 
 
@@ -172,14 +172,14 @@ def profile_model(
 
     say("compiling the step, the clip and the parts")
     step, leaves = _with_leaves(model, lambda model, *inputs: model.step(*inputs))
-    step = step.lower(leaves, video[:, 0], hidden).compile()
+    compiled_step = step.lower(leaves, video[:, 0], hidden).compile()
     clip, _ = _with_leaves(model, lambda model, *inputs: model(*inputs))
-    clip = clip.lower(leaves, video).compile()
-    calls = {"step": (step, (leaves, video[:, 0], hidden))}
+    compiled_clip = clip.lower(leaves, video).compile()
+    calls: dict[str, Call] = {"step": (compiled_step, (leaves, video[:, 0], hidden))}
     calls |= _part_calls(model, video[:, 0], hidden)
     say("timing")
     times = _medians_ms(calls, seconds)
-    times |= _medians_ms({"clip": (clip, (leaves, video))}, seconds)
+    times |= _medians_ms({"clip": (compiled_clip, (leaves, video))}, seconds)
 
     rows = _rows(parts, num_frames, times)
     total = {key: sum(row[key] for row in rows) for key in rows[0] if key != "name"}
@@ -194,8 +194,8 @@ def profile_model(
         "parameters_without_use": _unused(model),
         "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
         "state_bytes_per_stream": hidden.nbytes // batch_size,
-        "xla": _xla_beside(step, batch_size, total["flops_per_frame"]),
-        "memory": {"step": _memory(step), "clip": _memory(clip)},
+        "xla": _xla_beside(compiled_step, batch_size, total["flops_per_frame"]),
+        "memory": {"step": _memory(compiled_step), "clip": _memory(compiled_clip)},
         "step_ms": times["step"],
         "clip_ms": times["clip"],
         # Of one frame of one stream.
@@ -225,7 +225,7 @@ def _unused(model: RViT) -> int:
 
 def _with_leaves(
     module: nnx.Module, function: Callable[..., Any]
-) -> tuple[Callable[..., Any], list[Any]]:
+) -> tuple[jax.stages.Wrapped, list[Any]]:
     """`function(module, *inputs)` compiled with the weights as its first argument, and those.
 
     As constants the compiler could work on them beforehand.
@@ -233,7 +233,7 @@ def _with_leaves(
     graphdef, state = nnx.split(module)
     leaves, treedef = jax.tree.flatten(state)
 
-    def call(leaves, *inputs):
+    def call(leaves: list[Any], *inputs: Any) -> Any:
         return function(nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves)), *inputs)
 
     return jax.jit(call), leaves
@@ -244,7 +244,7 @@ def _medians_ms(calls: dict[str, Call], seconds: float) -> dict[str, float]:
     for function, arguments in calls.values():
         for _ in range(2):  # the first one may compile
             jax.block_until_ready(function(*arguments))
-    times = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds < LEAST_REPEATS or time.perf_counter() < end:
@@ -296,9 +296,9 @@ def run_parts(
 
 def _part_calls(model: RViT, frame: jax.Array, hidden: jax.Array) -> dict[str, Call]:
     """Part -> a call of its own, on what it is given within a step."""
-    calls = {}
+    calls: dict[str, Call] = {}
 
-    def call(name, module, function, *inputs):
+    def call(name: str, module: nnx.Module, function: Callable[..., Any], *inputs: Any) -> Any:
         compiled, leaves = _with_leaves(module, function)
         calls[name] = (compiled, (leaves, *inputs))
         return compiled(leaves, *inputs)
@@ -405,7 +405,7 @@ def _summary(profile: dict[str, Any]) -> list[str]:
     return [f"{name:<14}{fact}" for name, fact in facts]
 
 
-def _bytes(number: int) -> str:
+def _bytes(number: int | float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
             return f"{number:,.0f} {unit}" if unit == "bytes" else f"{number:,.1f} {unit}"

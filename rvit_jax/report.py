@@ -97,7 +97,9 @@ def write_report(
         others=_other_records(folder, record),
         measured=measured,
         few_clips=figures.FEW_CLIPS,
-        mean_frames=float(result.answers.num_frames.mean()) if measured else None,
+        mean_frames=float(result.answers.num_frames.mean())
+        if measured and result.answers
+        else None,
         classes=_per_class(result.confusion, names) if result.confusion is not None else [],
         pairs=_confused(result.confusion, names) if result.confusion is not None else [],
         training=(

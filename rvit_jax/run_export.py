@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def load(folder: Path, form: str) -> dict[str, Run]:
     }
 
 
-def _stablehlo(file: Path, _name: str, _program: dict) -> Run:
+def _stablehlo(file: Path, _name: str, _program: dict[str, Any]) -> Run:
     import jax
     from jax import export
 
@@ -41,9 +42,10 @@ def _stablehlo(file: Path, _name: str, _program: dict) -> Run:
     return jax.jit(exported.call)
 
 
-def _savedmodel(folder: Path, name: str, program: dict) -> Run:
+def _savedmodel(folder: Path, name: str, program: dict[str, Any]) -> Run:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # or it logs what it finds in the machine
-    sys.modules.setdefault("jax", None)  # TensorFlow looks for it; a SavedModel runs without
+    # TensorFlow looks for it; a SavedModel runs without. None stops an import.
+    sys.modules.setdefault("jax", None)  # type: ignore[arg-type]
     import tensorflow as tf
 
     module = tf.saved_model.load(str(folder))
@@ -58,7 +60,7 @@ def _savedmodel(folder: Path, name: str, program: dict) -> Run:
     return run
 
 
-def _onnx(file: Path, _name: str, program: dict) -> Run:
+def _onnx(file: Path, _name: str, program: dict[str, Any]) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -81,7 +83,7 @@ def largest_errors(folder: Path, form: str, cases: dict[str, np.ndarray]) -> dic
     """
     programs = load(folder, form)
     first_hidden = np.load(folder / "initial_hidden.npy")
-    errors = {name: [] for name in programs}
+    errors: dict[str, list[float]] = {name: [] for name in programs}
     for index in range(sum(name.startswith("video_") for name in cases)):
         video, logits, hidden, step_logits, step_hidden = (
             cases[f"{name}_{index}"]

@@ -14,7 +14,8 @@ memory but the video's grows with longer clips. In training what is kept for the
 one segment, and the state before each: a longer clip's frames are computed once more.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from rvit_jax.layers import DROPOUT_MASK
 from rvit_jax.shapes import (
     ClassTokens,
     Hidden,
+    Mask,
     NumFrames,
     OneToken,
     PRNGKey,
@@ -105,7 +107,7 @@ def _in_segments(model: "RViT") -> bool:
     return in_training and model.remat != "none"
 
 
-def rematerialised(model: "RViT", function):
+def rematerialised(model: "RViT", function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, of which training keeps what `model.remat` says."""
     if model.remat == "none":
         return function
@@ -184,7 +186,9 @@ def _read_layer(
         x = model.add_positions(x, positions, key)
         return x, layer.project(x)
 
-    def gate(hidden: Tokens, inputs: tuple) -> tuple[Tokens, Tokens | OneToken]:
+    def gate(
+        hidden: Tokens, inputs: tuple[Projected, Mask | None]
+    ) -> tuple[Tokens, Tokens | OneToken]:
         z, active = inputs
         g = hidden + positions
         gate = layer.gate(z, g)

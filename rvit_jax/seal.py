@@ -87,4 +87,4 @@ def _kind(leaf: Any) -> str:
 
 def _array_sum(array: np.ndarray) -> str:
     content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return f"{_kind(array)} {hashlib.sha256(content).hexdigest()}"
+    return f"{_kind(array)} {hashlib.sha256(content.data).hexdigest()}"

@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.extend.random import define_prng_impl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from rvit_jax import distributed
-from rvit_jax.steps import Gradient
+from rvit_jax.steps import Batch, Gradient, LossAndGradient, State
 
 DATA, FSDP = "data", "fsdp"  # the axes of the mesh
 ROWS = PartitionSpec((DATA, FSDP))  # of arrays whose first axis is the batch
@@ -141,7 +140,7 @@ class Layout:
             whole: every device holds all of it, also what is large.
         """
 
-        def put(array):
+        def put(array: Any) -> Array:
             sharding = self.whole if whole else self._sharding(self.spec(array))
             if jax.process_count() == 1:
                 return jax.device_put(array, sharding)
@@ -156,7 +155,7 @@ class Layout:
             return jax.jit(train_step, donate_argnums=0)
 
         @functools.wraps(train_step)
-        def step(state, batch):
+        def step(state: Any, batch: Any) -> tuple[Any, Any]:
             state, sums = train_step(state, batch)
             return jax.tree.map(
                 lambda x: jax.lax.with_sharding_constraint(x, self._sharding(self.spec(x))), state
@@ -168,7 +167,7 @@ class Layout:
         """A function of arrays on the devices, compiled; what it gives is whole on every one."""
         return _begin_together(jax.jit(function, out_shardings=self.whole))
 
-    def gather(self, params: nnx.State) -> nnx.State:
+    def gather(self, params: State) -> State:
         """Parameters whole on every device, as an evaluation reads them batch by batch."""
         if self.fsdp == 1:
             return params
@@ -188,6 +187,7 @@ class Layout:
         """The sum of a number over the processes; an array, so that nobody waits for it here."""
         if jax.process_count() == 1:
             return number
+        assert self.mesh is not None  # several processes have a device each
         local = len(self.mesh.local_devices)
         parts = np.zeros(local, np.int32)
         parts[0] = number
@@ -203,11 +203,11 @@ class Layout:
         if self.mesh is None:
             return gradient
 
-        def of_all(params, fixed, batch, key):
+        def of_all(params: State, fixed: State, batch: Batch, key: Array) -> LossAndGradient:
             _check_key(key)
             specs, fixed_specs = (jax.tree.map(self.spec, tree) for tree in (params, fixed))
 
-            def of_part(params, fixed, batch, key):
+            def of_part(params: State, fixed: State, batch: Batch, key: Array) -> LossAndGradient:
                 key = _key_of_part(key, jax.lax.axis_index((DATA, FSDP)))
                 params, fixed = (
                     jax.tree.map(_gather_part, tree, spec)
@@ -244,7 +244,7 @@ def _begin_together(function: Any) -> Callable[..., Any]:
         return function
     compiled: dict[tuple[tuple[int, ...], ...], Callable[..., Any]] = {}
 
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         shapes = tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(arguments))
         if shapes not in compiled:
             compiled[shapes] = function.lower(*arguments).compile()
@@ -281,7 +281,8 @@ def _sum_part(array: Array, spec: PartitionSpec) -> Array:
 
 
 def _check_key(key: Array) -> None:
-    if jax.random.key_impl(key) != "threefry2x32" or not jax.config.jax_threefry_partitionable:
+    options: Any = jax.config  # which gets its attributes at run time
+    if jax.random.key_impl(key) != "threefry2x32" or not options.jax_threefry_partitionable:
         raise ValueError(
             "several devices draw the same random numbers as one with JAX's own Threefry alone: "
             "leave jax_default_prng_impl and jax_threefry_partitionable as they are"
@@ -307,7 +308,7 @@ def _split(data: Array, shape: tuple[int, ...]) -> Array:
     return _with_part(jax.random.split(_plain(data), shape), data)
 
 
-def _fold_in(data: Array, number: Array) -> Array:
+def _fold_in(data: Array, number: Array | int) -> Array:
     return _with_part(jax.random.fold_in(_plain(data), number), data)
 
 

@@ -1,7 +1,9 @@
 """One training step and one evaluation step: pure functions of arrays, compiled by the caller."""
 
+import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +15,11 @@ from rvit_jax.augment import Augment
 from rvit_jax.layers import in_float32
 from rvit_jax.model import RViT
 
+State = nnx.State[Any, Any]  # a model's variables, or a gradient or an average of them
 Batch = dict[str, Array]  # video [B,T,H,W,3], label [B], num_frames [B], mask [B]
 # (params, fixed, batch, key) -> ((loss, right), gradient), see `make_gradient`
-Gradient = Callable[[nnx.State, nnx.State, Batch, Array], tuple[tuple[Array, Array], nnx.State]]
+LossAndGradient = tuple[tuple[Array, Array], State]
+Gradient = Callable[[State, State, Batch, Array], LossAndGradient]
 
 
 @struct.dataclass
@@ -32,23 +36,23 @@ class TrainState:
     """
 
     step: Array
-    params: nnx.State
-    fixed: nnx.State
+    params: State
+    fixed: State
     opt_state: optax.OptState
     halted: Array
-    ema: nnx.State | None = None
+    ema: State | None = None
 
 
 def create_train_state(
     model: RViT, optimizer: optax.GradientTransformation, *, ema: bool = False
-) -> tuple[nnx.GraphDef, TrainState]:
+) -> tuple[nnx.GraphDef[RViT], TrainState]:
     """Splits a model into its structure, in training mode, and the state of step 0.
 
     With `ema` the state holds a moving average too. It begins as a copy of the parameters, so
     that it needs no correction for a beginning at zero.
     """
     model.train()
-    graphdef, params, fixed = nnx.split(model, nnx.Param, ...)
+    graphdef, params, *(fixed,) = nnx.split(model, nnx.Param, ...)
     state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -60,13 +64,13 @@ def create_train_state(
     return graphdef, state
 
 
-def begin_average(params: nnx.State) -> nnx.State:
+def begin_average(params: State) -> State:
     """The moving average before the first step: a copy, in float32, since its steps are small."""
     return jax.tree.map(lambda x: jnp.copy(in_float32(x)), params)
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[RViT],
     optimizer: optax.GradientTransformation,
     loss_per_clip: Callable[[Array, Array], Array],
     *,
@@ -110,13 +114,15 @@ def make_train_step(
             video, label = augment(
                 key, batch["video"], batch["label"], batch["mask"], batch["num_frames"]
             )
-            batch = {**batch, "video": video, "label": label}
+            batch = {**batch, "video": jnp.asarray(video), "label": jnp.asarray(label)}
         (loss, right), grads = gradient(state.params, state.fixed, batch, key)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = state.replace(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+        params = optax.apply_updates(state.params, updates)
+        new = dataclasses.replace(state, params=params, opt_state=opt_state)
         if ema_decay:
-            new = new.replace(ema=optax.incremental_update(new.params, state.ema, 1.0 - ema_decay))
+            ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+            new = dataclasses.replace(new, ema=ema)
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state.halted
         new = jax.tree.map(lambda after, before: jnp.where(applied, after, before), new, state)
         num_clips = batch["mask"].astype(jnp.float32).sum()
@@ -126,13 +132,14 @@ def make_train_step(
             "right": right,
             "grad_norm": grad_norm,
         }
-        return new.replace(step=state.step + 1, halted=~applied if halt else state.halted), sums
+        halted = ~applied if halt else state.halted
+        return dataclasses.replace(new, step=state.step + 1, halted=halted), sums
 
     return train_step
 
 
 def make_gradient(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[RViT],
     loss_per_clip: Callable[[Array, Array], Array],
     *,
     ragged: bool,
@@ -149,11 +156,11 @@ def make_gradient(
     """
 
     def of_part(
-        params: nnx.State, fixed: nnx.State, part: Batch, num_clips: Array, key: Array
-    ) -> tuple[tuple[Array, Array], nnx.State]:
+        params: State, fixed: State, part: Batch, num_clips: Array, key: Array
+    ) -> LossAndGradient:
         mask = part["mask"].astype(jnp.float32)
 
-        def mean_loss(params: nnx.State) -> tuple[Array, Array]:
+        def mean_loss(params: State) -> tuple[Array, Array]:
             model = nnx.merge(graphdef, params, fixed)
             num_frames = part["num_frames"] if ragged else None
             logits, _ = model(part["video"], num_frames=num_frames, rngs=key)
@@ -163,9 +170,7 @@ def make_gradient(
         (loss, logits), grads = jax.value_and_grad(mean_loss, has_aux=True)(params)
         return (loss, (_is_right(logits, part["label"]) * mask).sum()), grads
 
-    def gradient(
-        params: nnx.State, fixed: nnx.State, batch: Batch, key: Array
-    ) -> tuple[tuple[Array, Array], nnx.State]:
+    def gradient(params: State, fixed: State, batch: Batch, key: Array) -> LossAndGradient:
         # In float32 whatever the parameters' type, so that frames' gradients are summed so.
         params = jax.tree.map(in_float32, params)
         num_clips = batch["mask"].astype(jnp.float32).sum()
@@ -175,7 +180,9 @@ def make_gradient(
         def split(rows: Array) -> Array:
             return jnp.moveaxis(rows.reshape(-1, accumulation_steps, *rows.shape[1:]), 1, 0)
 
-        def add_part(total, inputs):
+        def add_part(
+            total: LossAndGradient, inputs: tuple[Array, Batch]
+        ) -> tuple[LossAndGradient, None]:
             index, part = inputs
             one = of_part(params, fixed, part, num_clips, jax.random.fold_in(key, index))
             return jax.tree.map(jnp.add, total, one), None
@@ -199,19 +206,19 @@ def _is_right(logits: Array, label: Array) -> Array:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef,
+    graphdef: nnx.GraphDef[RViT],
     loss_per_clip: Callable[[Array, Array], Array],
     *,
     ragged: bool,
     multi_label: bool = False,
-) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
+) -> Callable[[State, State, Batch], tuple[Array, Array]]:
     """The function (params, fixed, batch) -> (logits [B, K], loss [B]), without dropout.
 
     `graphdef` may be of a model in either mode. With several views of each clip, `video`
     [B, V, T, H, W, 3], the probabilities are averaged, and the logits are those of that.
     """
 
-    def eval_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
+    def eval_step(params: State, fixed: State, batch: Batch) -> tuple[Array, Array]:
         model = _merge(graphdef, params, fixed)
         video, num_frames = batch["video"], batch["num_frames"]
         views = video.shape[1:-4]  # () or (V,)
@@ -226,18 +233,18 @@ def make_eval_step(
 
 
 def make_anytime_step(
-    graphdef: nnx.GraphDef, loss_per_clip: Callable[[Array, Array], Array]
-) -> Callable[[nnx.State, nnx.State, Batch], tuple[Array, Array]]:
+    graphdef: nnx.GraphDef[RViT], loss_per_clip: Callable[[Array, Array], Array]
+) -> Callable[[State, State, Batch], tuple[Array, Array]]:
     """The function (params, fixed, batch) -> (logits after every frame [B, T, K], loss [B]).
 
     The loss is that of the answer after each clip's last real frame. Later answers mean nothing.
     """
 
-    def anytime_step(params: nnx.State, fixed: nnx.State, batch: Batch) -> tuple[Array, Array]:
+    def anytime_step(params: State, fixed: State, batch: Batch) -> tuple[Array, Array]:
         model = _merge(graphdef, params, fixed)
         video = batch["video"]
 
-        def read_frame(hidden, frame):
+        def read_frame(hidden: Array, frame: Array) -> tuple[Array, Array]:
             logits, hidden = model.step(frame, hidden)
             return hidden, logits
 
@@ -250,7 +257,7 @@ def make_anytime_step(
     return anytime_step
 
 
-def _merge(graphdef: nnx.GraphDef, params: nnx.State, fixed: nnx.State) -> RViT:
+def _merge(graphdef: nnx.GraphDef[RViT], params: State, fixed: State) -> RViT:
     model = nnx.merge(graphdef, params, fixed)
     model.eval()
     return model

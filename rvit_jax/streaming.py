@@ -20,13 +20,14 @@ import numpy as np
 from flax import nnx
 
 from rvit_jax.files import written_aside
-from rvit_jax.model import CompiledRViT
+from rvit_jax.model import CompiledRViT, RViT
 
 STATE_FORMAT = 1
 MOST_STATES = 16  # kept by default for one stream
 # States from this fraction of the window on are asked: training clips differ in length.
 YOUNGEST_ASKED = 2.0 / 3.0
 CONFIDENCE_POWER = 2.0
+_Advanced = tuple[jax.Array, jax.Array]  # logits [R, B, K], hidden [L, R, B, S, D]
 
 
 class Streams:
@@ -156,7 +157,7 @@ class Streams:
         chosen._hidden = self._hidden[:, :, jnp.asarray(rows)]
         return chosen
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the state of all streams, aside and renamed, to a NumPy archive.
 
         Raises:
@@ -165,7 +166,7 @@ class Streams:
         with written_aside(Path(path).expanduser()) as aside, aside.open("wb") as file:
             np.savez(file, **self._identity(), hidden=self._hidden, num_frames=self.num_frames)
 
-    def restore(self, path: str | os.PathLike) -> None:
+    def restore(self, path: str | os.PathLike[str]) -> None:
         """Goes on where `save` was called.
 
         Raises:
@@ -212,10 +213,16 @@ class Streams:
         }
 
 
-def _make_advance(graphdef: nnx.GraphDef, decay: float) -> Callable:
+def _make_advance(graphdef: nnx.GraphDef[RViT], decay: float) -> Callable[..., _Advanced]:
     """The function (variables, hidden [L, R, B, S, D], restart, frames, active) for `jax.jit`."""
 
-    def advance(variables, hidden, restart, frames, active):
+    def advance(
+        variables: nnx.State[Any, Any],
+        hidden: jax.Array,
+        restart: jax.Array,
+        frames: jax.Array,
+        active: jax.Array,
+    ) -> _Advanced:
         model = nnx.merge(graphdef, variables)
         num_layers, num_states, num_streams, *token_shape = hidden.shape
         initial = model.initial_hidden(1)[:, None]

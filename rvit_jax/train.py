@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import logging
@@ -39,6 +39,9 @@ from rvit_jax.command import Stopped
 from rvit_jax.files import cannot_be_written, flush, written_aside
 from rvit_jax.initialise import Start, check_there, initialise
 
+if TYPE_CHECKING:
+    from input_pipeline.loader import BatchIterator
+
 # Seconds between two looks at the device's sums: each look waits for the device.
 LOOK_EVERY_S = 2.0
 # Beside the data position in a checkpoint.
@@ -61,11 +64,11 @@ class _StopRequest:
     SIGTERM and tells the others.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signum: int | None = None
         self._several = jax.process_count() > 1
         self._next = 0  # step to ask JAX about
-        self._reason = signal.SIGTERM  # of a stop that JAX tells of
+        self._reason: int = signal.SIGTERM  # of a stop that JAX tells of
 
     def look(self, step: int) -> None:
         """Asks whether to stop before `step`; of several processes each does, at every step."""
@@ -84,14 +87,14 @@ class _StopRequest:
     def __bool__(self) -> bool:
         return self.signum is not None
 
-    def _handle(self, signum: int, _frame) -> None:
+    def _handle(self, signum: int, _frame: object) -> None:
         if self.signum is not None:
             os._exit(128 + signum)
         self.signum = signum
         # Not `print`, which may have been interrupted by the signal itself.
         os.write(2, b"\nstopping after this step; once more to leave at once\n")
 
-    def _pass_on(self, signum: int, _frame) -> None:
+    def _pass_on(self, signum: int, _frame: object) -> None:
         """Of several processes the others must hear of it: a Ctrl-C becomes a SIGTERM."""
         signal.signal(signum, lambda *_: os._exit(128 + signum))
         self._reason = signum
@@ -275,6 +278,7 @@ class _TrainingSums:
                 self.total[key] += float(sums[key])
         self._pending.clear()
         if len(self._refused) > self._allowed:
+            assert self._state is not None
             raise FloatingPointError(self._explain(self._refused, self._state))
         self._looked = time.monotonic()
 
@@ -285,7 +289,7 @@ class _TrainingSums:
         trained on; of refused updates alone, no loss and top1.
         """
         clips = self.total["clips"]
-        left_out = {
+        left_out: dict[str, float] = {
             "skipped_clips": int(self.total["skipped"]),
             "skipped_updates": int(self.total["refused"]),
         }
@@ -347,7 +351,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         print(f"test: {_percentages(record)}, checkpoint of step {record['step']}")
 
 
-def _check_labels(config: ConfigDict, data: Any) -> None:
+def _check_labels(config: ConfigDict, data: "BatchIterator") -> None:
     """Raises ValueError where model and loss do not fit the classes of the data."""
     if len(data.class_names) != config.model.num_classes:
         raise ValueError(
@@ -381,8 +385,8 @@ class _Run:
         config: ConfigDict,
         workdir: Path,
         layout: sharding.Layout,
-        train_data,
-        validation_data,
+        train_data: "BatchIterator",
+        validation_data: "BatchIterator",
     ):
         self.config, self.workdir, self.layout = config, Path(workdir), layout
         self.train_data, self.validation_data = train_data, validation_data
@@ -476,7 +480,7 @@ class _Run:
                     checkpoints.save(state, self._position(sums), record)
                 if last:
                     checkpoints.wait()
-                    if stop:
+                    if stop.signum is not None:
                         raise Interrupted(stop.signum)
                     return
                 batch = next(self.train_data)
@@ -541,12 +545,12 @@ class _Run:
             if averaged is None:
                 return None
             for key in ("top1", "mean_average_precision", "loss"):
-                if key in averaged.metrics:
+                if averaged.metrics and key in averaged.metrics:
                     record[f"ema_{key}"] = averaged.metrics[key]
         return record
 
     def _evaluate(
-        self, params: nnx.State, fixed: nnx.State, progress: str, stop: _StopRequest
+        self, params: steps.State, fixed: steps.State, progress: str, stop: _StopRequest
     ) -> evaluate.SplitResult | None:
         """One pass over the validation split; None when a signal came in between."""
         self.validation_data.rewind()
@@ -594,7 +598,9 @@ class _Run:
         values = ", ".join(f"{name} {value:.3g}" for name, value in largest.items())
         return f"Largest values in them with the parameters before, without dropout: {values}"
 
-    def _report(self, bar: tqdm, step: int, training: dict[str, float], record) -> None:
+    def _report(
+        self, bar: tqdm, step: int, training: dict[str, float], record: dict[str, Any]
+    ) -> None:
         epoch = step / self.steps_per_epoch
         seen = (
             f"training loss {training['loss']:.4f}, top1 {training['top1']:.2%}; "

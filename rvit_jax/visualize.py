@@ -97,7 +97,7 @@ class _Tap:
             self.state = gate.maps(state_q, k)[:, :, 0]  # [B, A, S]
             return (self.maps * self._scale[:, :, None, :]) @ v
 
-        gate.attend = attend
+        gate.attend = attend  # type: ignore[method-assign]  # of the copy that is traced
         return gate(x, g)
 
 
@@ -119,7 +119,11 @@ class Lens:
         self._num_heads = model.layers[0].attention.num_heads
         graphdef, state = nnx.split(model)
         self.leaves, treedef = jax.tree.flatten(state)
-        self._merge = lambda leaves: nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+        def merge(leaves: list[Array]) -> RViT:
+            return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+        self._merge = merge
         self._look = jax.jit(self._differentiate)
 
     def __call__(self, video: Video, num_frames: NumFrames) -> Look:
@@ -148,7 +152,7 @@ class Lens:
             taps = []
             for layer, factor in zip(model.layers, factors, strict=True):
                 taps.append(_Tap(layer.attention, factor))
-                layer.attention = taps[-1]
+                layer.attention = taps[-1]  # type: ignore[assignment]  # computes the same
             logits, hidden = model.step(frame, hidden)
             seen = {
                 "query": jnp.stack([tap.maps[:, :, self._token] for tap in taps]),
@@ -245,7 +249,8 @@ class _Row:
         index = 255 * (weights / self.limit - lowest) / (1.0 - lowest)
         index = np.round(np.clip(index, 0, 255)).astype(np.uint8)
         dimmed = 0.55 * np.asarray(gray)[..., None]
-        return np.uint8(255 * ((share * colours)[index] + (1 - share)[index] * dimmed))
+        painted = 255 * ((share * colours)[index] + (1 - share)[index] * dimmed)
+        return painted.astype(np.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,27 +300,28 @@ class _Clip:
                 ("query token", self.look.query),
                 ("state's token", self.look.state),
             )
-            for index, maps in enumerate(self.layers(all_maps))
+            for index, maps in enumerate(self.layers(np.asarray(all_maps)))
         ]
         return [
             *rows,
-            _Row("rollout", self.look.rollout),
+            _Row("rollout", np.asarray(self.look.rollout)),
             _Row("gradient x\nattention", self.gradient()),
         ]
 
     def heads(self, layer: int) -> list[_Row]:
         """The rows of the picture of one layer's heads."""
-        maps = per_head(self.look.query[:, layer], self.kind)  # [T, A, S]
+        query = np.asarray(self.look.query[:, layer])  # [T, A, S]
+        maps = per_head(query, self.kind)
         signed = self.kind == "reattention"
         rows = [_Row(f"head {head}", maps[:, head], signed) for head in range(maps.shape[1])]
-        return [*rows, _Row("mean", mean_of_heads(self.look.query[:, layer], self.kind))]
+        return [*rows, _Row("mean", mean_of_heads(query, self.kind))]
 
 
 def visualize(
     config: ConfigDict,
     workdir: Path,
     split: str,
-    checkpoint_path: str | os.PathLike,
+    checkpoint_path: str | os.PathLike[str],
     *,
     ids: Sequence[str] = (),
     overrides: Sequence[str] = (),
@@ -393,7 +399,9 @@ def _see(
 ) -> _Clip:
     """The one clip of a batch, looked at and cut to its real frames."""
     num_frames, label = int(batch["num_frames"][0]), batch["label"][0]
-    true = [true_names[k] for k in (np.flatnonzero(label) if label.ndim else [label]) if k >= 0]
+    true = [
+        true_names[int(k)] for k in (np.flatnonzero(label) if label.ndim else [label]) if k >= 0
+    ]
     multi_label = config.loss.name == "binary_cross_entropy"
     to_probabilities = jax.nn.sigmoid if multi_label else jax.nn.softmax
     look = jax.device_get(lens(batch["video"], batch["num_frames"]))
@@ -494,14 +502,14 @@ def _save_picture(
     figure.figimage(canvas)  # without axes: these would sample it anew, which takes seconds
     for x, y, text, places in texts:
         readable = os.fsencode(text).decode(errors="replace")
-        style = {"fontsize": 9, "linespacing": 1.3, "parse_math": False, **places}
+        style: dict[str, Any] = {"fontsize": 9, "linespacing": 1.3, "parse_math": False, **places}
         figure.text(x / width, 1 - y / height, readable, **style)
     write_png(figure, path, dpi=_DPI)
 
 
 def _draw_film(path: Path, clip: _Clip) -> None:
     """Writes the film: frame, attention and gradient side by side, and the answer so far."""
-    mean = _Row("attention, last layer", clip.layers(clip.look.query)[-1])
+    mean = _Row("attention, last layer", clip.layers(np.asarray(clip.look.query))[-1])
     gradient = _Row("gradient x attention", clip.gradient())
     film = annotate.Film(path, 1 / (clip.interval_s or DEFAULT_INTERVAL_S))
     try:

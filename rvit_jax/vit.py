@@ -97,7 +97,7 @@ def read_vit(path: Path) -> tuple[Weights, list[str]]:
         with safe_open(path, framework="numpy") as file:
             names = set(file.keys())
             taken = _names(path, names)
-            weights = {}
+            weights: Weights = {}
             for row, sources in taken.items():
                 arrays = [np.asarray(file.get_tensor(name), np.float32) for name in sources]
                 weights[row.flax] = _ours(path, row, arrays, sources)

@@ -46,7 +46,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))  # this script's other parts
 
-from input_pipeline.command_line import check_output_folder, leave_at_once
+from input_pipeline.command_line import check_output_folder, leave_at_once, suggest
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -65,7 +65,7 @@ from configs import base
 from input_pipeline.cpus import num_cpus
 from rvit_jax.checkpoint import write_json
 from rvit_jax.command import ArgumentError, Stopped, parse, run, start
-from rvit_jax.config import check_config, suggest
+from rvit_jax.config import check_config
 
 SECTIONS = {**MODEL_SECTIONS, "loader": measure_loader}
 DEFAULT_CONFIG = "configs/jester.py"

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import leave_at_once, require
+from input_pipeline.command_line import leaf_keys, leave_at_once, require, suggest
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -46,7 +46,7 @@ from configs import base
 from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
 from rvit_jax.checkpoint import check_writable, write_json
 from rvit_jax.command import ArgumentError, parse, run, start
-from rvit_jax.config import LEVELS, check_config, leaf_keys, lookup, suggest
+from rvit_jax.config import LEVELS, check_config, lookup
 from weights_converter import mapping
 from weights_converter.run_archive import for_torch
 from weights_converter.torch_rvit import TorchRViT

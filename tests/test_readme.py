@@ -50,8 +50,9 @@ import rvit_jax
 from configs import base, gestures, jester
 from input_pipeline import check
 from input_pipeline import gestures as drawing
+from input_pipeline.command_line import leaf_keys
 from rvit_jax import annotate, command, export, main, predict, profile
-from rvit_jax.config import check_config, leaf_keys, lookup
+from rvit_jax.config import check_config, lookup
 from weights_converter import __main__ as converter
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -74,6 +75,7 @@ FOREIGN = {
     "source": "enters it",
     "ffmpeg": "gives raw frames, which the walk gives too",
     "ruff": "is run on every change",
+    "mypy": "the same",
 }
 FOREIGN_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type",)
 # Blocks that are no commands, by the word that they begin with.

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base, gestures, jester
+from input_pipeline.command_line import leaf_keys
 from input_pipeline.gestures import TIME_CLASSES
 from rvit_jax import losses, optimizer, steps
-from rvit_jax.config import check_config, leaf_keys, lookup
+from rvit_jax.config import check_config, lookup
 from rvit_jax.metrics import ClassificationMetrics
 from tests.small import random_video, small_config, small_model
 

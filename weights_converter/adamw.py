@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
@@ -138,7 +138,7 @@ def _step(value: Any, name: str) -> int:
     raise FileRefused(f"the optimizer's step of {name} is no count of updates")
 
 
-def _is_real(value: Any) -> bool:
+def _is_real(value: Any) -> TypeGuard[int | float]:
     return type(value) in (int, float) and abs(value) < 2**62  # so that NaN is none
 
 
@@ -146,7 +146,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     if type(group.get("amsgrad")) is not bool:
         raise FileRefused("the optimizer is no AdamW: it has no setting `amsgrad`")
     rate, decay, epsilon = (group.get(key) for key in ("lr", "weight_decay", "eps"))
-    betas = group.get("betas")
+    betas: Any = group.get("betas")
     if isinstance(rate, np.ndarray) and rate.size == 1:
         rate = rate.reshape(()).item()
     if not (_is_real(rate) and rate >= 0 and _is_real(decay) and decay >= 0 and _is_real(epsilon)):
@@ -196,13 +196,14 @@ def to_optax(adamw: AdamW, opt_state: optax.OptState, config_model: ConfigDict) 
 
     def fill(field: str, tree: Any) -> Any:
         """The optimizer's tree holds the trained parameters alone."""
+        # Flax allows other keys in a path; those of a module are names and numbers.
         flat = nnx.to_flat_state(tree)
         pairs = [
             (
                 path,
                 leaf
                 if isinstance(leaf, optax.MaskedNode)
-                else leaf.replace(jnp.asarray(moments[field][path])),
+                else leaf.replace(jnp.asarray(moments[field][path])),  # type: ignore[index]
             )
             for path, leaf in flat
         ]

@@ -11,6 +11,7 @@ bytes -> zip members -> values -> named tensors, module attributes, code text, o
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -95,7 +96,7 @@ class Source:
         return class_texts(self.code)
 
 
-def read(path: str | os.PathLike) -> Source:
+def read(path: str | os.PathLike[str]) -> Source:
     """Reads a TorchScript archive, state dict, training checkpoint or safetensors file.
 
     Raises:
@@ -147,7 +148,7 @@ def _what_it_is_instead(start: bytes) -> str:
     )
 
 
-def _sha256(file: BinaryIO) -> str:
+def _sha256(file: io.BufferedReader) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -197,7 +198,7 @@ def _widen_bfloat16(raw: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------- the zip
 
 
-def _read_zip_file(path: Path, file: BinaryIO, size: int) -> Source:
+def _read_zip_file(path: Path, file: io.BufferedReader, size: int) -> Source:
     _check_directory(file, size)
     try:
         with zipfile.ZipFile(file) as archive:
@@ -415,6 +416,7 @@ class _Pickle:
 
     def _run(self, data: bytes) -> Any:
         stack, memo = self._stack, self._memo
+        argument: Any  # of the opcode's kind
         for count, (opcode, argument, position) in enumerate(pickletools.genops(data)):
             if count >= MAX_OPCODES:
                 raise FileRefused(f"it has more than {MAX_OPCODES:,} opcodes")

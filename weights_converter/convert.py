@@ -51,8 +51,8 @@ class Converted:
 
 
 def to_flax(
-    file: str | os.PathLike,
-    out_dir: str | os.PathLike,
+    file: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
     *,
     prove: bool = False,
     attention: str | None = None,
@@ -91,7 +91,8 @@ def to_flax(
             f"classes: {names[0]!r}, {names[1]!r} ... {names[-1]!r} in this order; for other names "
             "see --class_names"
         )
-    proof, why_not = None, "nothing was run: --prove runs a TorchScript file that you trust"
+    proof: Proof | None = None
+    why_not: str | None = "nothing was run: --prove runs a TorchScript file that you trust"
     if prove:
         proof, why_not = _prove(found, timeout, say)
     config = _config(found, _decide(found, proof, tried=prove), names)
@@ -180,23 +181,24 @@ def _decide(found: Recognised, proof: "Proof | None", *, tried: bool) -> ConfigD
     """
     if proof is not None:
         return proof.candidate.model_config(found)
+    kind, num_heads = found.attention.value, found.num_heads.value
     missing = []
-    if found.attention.value is None:
+    if kind is None:
         kinds = "|".join(found.possible_attentions())
         missing.append(f"its kind of attention: say --attention={kinds}")
-    if found.num_heads.value is None:
+    if num_heads is None:
         why = "; ".join(found.num_heads.reasons)
         missing.append(
             f"its number of heads{f' ({why})' if why else ''}: say --num_heads=N (the released "
             "demo has 8)"
         )
-    if missing:
+    if kind is None or num_heads is None:
         run = found.source.code and not tried
         raise ValueError(
             f"{found.source.path} does not tell {', nor '.join(missing)}."
             + (" Or, if you trust it, run it with --prove" if run else "")
         )
-    return found.model_config(str(found.attention.value), int(found.num_heads.value))
+    return found.model_config(kind, num_heads)
 
 
 def _class_names(found: Recognised, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -377,7 +379,7 @@ def _written_aside(out: Path) -> Iterator[Path]:
         raise
 
 
-def to_torch(checkpoint: str | os.PathLike, out_file: str | os.PathLike) -> Path:
+def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str]) -> Path:
     """Writes a checkpoint's weights as a state dict under the reference's names.
 
     Args:

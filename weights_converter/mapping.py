@@ -11,7 +11,7 @@ F features of the read-out (D, or (L+1)*D with the state's tokens).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     # Slow to import. The table is read without, so that a bad file is refused at once.
     from flax import nnx
 
+_Key = TypeVar("_Key", bound="str | Path")
 Path = tuple[str | int, ...]  # ("layers", 0, "norm_input", "scale"): as in `nnx.to_flat_state`
 
 # Axes of the PyTorch array in the order that Flax keeps them in.
@@ -213,14 +214,15 @@ def _transposed(array: np.ndarray, axes: tuple[int, ...] | None) -> np.ndarray:
     return np.ascontiguousarray(array if axes is None else np.transpose(array, axes))
 
 
-def _variables(model: nnx.Module) -> Iterable[tuple[Path, nnx.Variable]]:
+def _variables(model: nnx.Module) -> Iterable[tuple[Path, nnx.Variable[Any]]]:
     from flax import nnx
 
-    return nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
+    # Flax allows other keys in a path; those of a module are names and numbers.
+    return nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))  # type: ignore[return-value]
 
 
 def _audit(
-    what: str, arrays: Mapping[str | Path, np.ndarray], shapes: Mapping[str | Path, tuple]
+    what: str, arrays: Mapping[_Key, np.ndarray], shapes: Mapping[_Key, tuple[int, ...]]
 ) -> None:
     def names(keys: Iterable[str | Path]) -> str:
         return ", ".join(key if isinstance(key, str) else "/".join(map(str, key)) for key in keys)

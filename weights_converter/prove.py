@@ -162,7 +162,9 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def run_in_child(file: Path, request: dict[str, Any], timeout: float) -> tuple[dict, dict]:
+def run_in_child(
+    file: Path, request: dict[str, Any], timeout: float
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Runs the file; returns `run_archive`'s result and its arrays by file name.
 
     Raises:
@@ -259,11 +261,13 @@ def run_whole(found: Recognised, *, timeout: float) -> Iterator[Answers]:
         )
 
 
-def _answers(found: Recognised, result: dict, arrays: dict[str, np.ndarray]) -> Answers:
-    clips = tuple(result["accepted"])
+def _answers(found: Recognised, result: dict[str, Any], arrays: dict[str, np.ndarray]) -> Answers:
+    batch, frames = result["accepted"]
+    clips = (batch, frames)
     sizes = found.sizes
     layers, width = sizes["num_layers"], sizes["hidden_size"]
-    second, notes = arrays.get("second"), ()
+    second = arrays.get("second")
+    notes: tuple[str, ...] = ()
     whole, without_token = ((layers, clips[0], found.num_patches + more, width) for more in (1, 0))
     if second is not None and second.shape not in (whole, without_token):
         notes = (f"its second output has shape {list(second.shape)}, which is no state of it",)
@@ -276,7 +280,7 @@ def _answers(found: Recognised, result: dict, arrays: dict[str, np.ndarray]) -> 
         )
     return Answers(
         clips,
-        seeded_clips(*clips, sizes["image_size"])[:COMPARED_CLIPS],
+        seeded_clips(batch, frames, int(sizes["image_size"]))[:COMPARED_CLIPS],
         logits[:COMPARED_CLIPS],
         None if second is None else second[:, :COMPARED_CLIPS],
         getattr(torch, result["dtype"]),

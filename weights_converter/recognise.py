@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Generic, TypeGuard, TypeVar
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -27,8 +28,11 @@ HEAD_WIDTH_NAMES = ("head_dim", "dim_head", "head_width", "head_size", "d_head")
 REATTENTION = "attention.reattn_"
 
 
+_T = TypeVar("_T", bound=int | str)
+
+
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Finding(Generic[_T]):
     """Something that a name or a shape of the weights does not settle.
 
     Attributes:
@@ -37,7 +41,7 @@ class Finding:
         certain: the user says it, or a shape does; the rest is evidence.
     """
 
-    value: str | int | None
+    value: _T | None
     reasons: tuple[str, ...] = ()
     certain: bool = False
 
@@ -64,8 +68,8 @@ class Recognised:
     weights: dict[str, np.ndarray]
     names: dict[str, str]
     sizes: dict[str, int | str]
-    num_heads: Finding
-    attention: Finding
+    num_heads: Finding[int]
+    attention: Finding[str]
     notes: tuple[str, ...]
 
     @property
@@ -100,9 +104,9 @@ class Recognised:
 
     def possible_heads(self) -> list[int]:
         """The number of heads where it is certain, else every divisor of D, likely ones first."""
-        if self.num_heads.certain:
-            return [int(self.num_heads.value)]
-        width, likely = int(self.sizes["hidden_size"]), int(self.num_heads.value or 8)
+        if self.num_heads.certain and self.num_heads.value is not None:
+            return [self.num_heads.value]
+        width, likely = int(self.sizes["hidden_size"]), self.num_heads.value or 8
         divisors = [n for n in range(1, width + 1) if width % n == 0]
         return sorted(divisors, key=lambda n: abs(math.log2(n / likely)))
 
@@ -148,7 +152,7 @@ def _recognise(source: Source, attention: str | None, num_heads: int | None) -> 
         raise ValueError(f"{heads.value} heads do not divide the hidden size {width}")
     audited = base.get_config().model
     audited.update(**sizes, unused_reattention=has_reattention, attention="softmax")
-    audited.num_heads = int(heads.value or 1)
+    audited.num_heads = heads.value or 1
     try:
         mapping.to_flax({ours: tensors[theirs] for ours, theirs in names.items()}, audited)
     except ValueError as error:
@@ -314,9 +318,7 @@ def _to_float32(
     return weights, notes
 
 
-def _combine(
-    evidence: Iterable[tuple[str | int, str]], what: str, asked: str | int | None
-) -> Finding:
+def _combine(evidence: Iterable[tuple[_T, str]], what: str, asked: _T | None) -> Finding[_T]:
     """One finding from several reasons, or the user's word."""
     evidence = list(dict.fromkeys(evidence))
     if asked is not None:
@@ -354,7 +356,7 @@ def _bodies(text: str) -> str:
 
 def _find_heads(
     source: Source, tensors: Mapping[str, np.ndarray], width: int, asked: int | None
-) -> Finding:
+) -> Finding[int]:
     """A shape tells more than a name, a name more than a number in a reshape, that than a scale."""
     by_shape = [
         (array.shape[0], "the re-attention matrix")
@@ -404,7 +406,7 @@ def _heads_by_scale(
         yield round(heads), reason
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return (
         isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**31
     )  # so that NaN is none

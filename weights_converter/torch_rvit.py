@@ -139,7 +139,8 @@ class Encoder(nn.Module):
         """Tokens [B, S, D], L states [B, S, D], [1, S, D] -> tokens [B, S, D], L new states."""
         new_hidden: list[Tensor] = []
         for index, layer in enumerate(self.layers):
-            for block in layer:
+            # A list of modules too. (TorchScript, which reads this, wants no word behind the code.)
+            for block in layer:  # type: ignore[attr-defined]
                 x = self.dropout(x + pos_embedding)
                 x, state = block(x, hidden[index] + pos_embedding)
                 new_hidden.append(state if self.state_keeps_positions else state - pos_embedding)

@@ -48,7 +48,7 @@ class Part:
 
 def verify(
     source: archive.Source,
-    checkpoint: str | os.PathLike,
+    checkpoint: str | os.PathLike[str],
     *,
     prove: bool = False,
     timeout: float = 120.0,
@@ -95,7 +95,7 @@ def _compare_weights(found: Recognised, loaded: LoadedModel) -> Part:
     except ValueError as error:
         raise ValueError(f"{found.source.path} and {loaded.path}: {error}") from error
     errors = {path: relative_error(ours[path], theirs[path]) for path in theirs}
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return Part("weights", errors[worst], 0.0, "/".join(map(str, worst)))
 
 
@@ -180,7 +180,9 @@ def _run_parts(model: rvit_jax.RViT, video: np.ndarray) -> dict[str, np.ndarray]
     """As `run_archive.run_parts`, of the Flax model."""
 
     @nnx.jit
-    def read_frame(model, frame, hidden):
+    def read_frame(
+        model: rvit_jax.RViT, frame: jax.Array | np.ndarray, hidden: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
         x = model.embed(frame)
         positions = model.pos_embedding[...]
         parts, new_hidden = {"embedding": x[:, 1:]}, []
