@@ -143,7 +143,7 @@ def _provide_gestures(config: ConfigDict, data_dir: str, process_index: int) -> 
     if missing:
         raise ValueError(
             f"the gestures in {data_dir} do not include {few(missing, 3)}: set "
-            "--config.dataset.data_dir to a new folder, where they are drawn, or "
+            "--config.dataset.data_dir to a new folder to draw them, or "
             f"--config.dataset.classes to some of: {few(drawn['classes'], 8)}"
         )
     _warn_of_other_gestures(config, drawn, gestures.VERSION)

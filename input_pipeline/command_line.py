@@ -22,7 +22,7 @@ from absl import flags, logging
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-LONGEST = 1500  # characters of a message
+LONGEST = 4000  # characters of a message, which may name all clips of a batch
 HELP = "(--help lists the flags)"
 HELP_FLAGS = {"--help", "-help", "-h", "-?"}
 MOST_CHOICES = 30  # that a message lists whole
@@ -134,6 +134,8 @@ def parse(values: flags.FlagValues, argv: list[str], about: str) -> None:
         raise ArgumentError(_wrong_value(error, values)) from error
     except flags.Error as error:
         raise ArgumentError(f"{' '.join(str(error).split())} {HELP}") from error
+    if len(rest) > 1 and "config" in values and rest[1].partition(":")[0].endswith(".py"):
+        raise ArgumentError(f"{rest[1]!r} is no flag: say --config={rest[1]} {HELP}")
     if len(rest) > 1:
         raise ArgumentError(
             f"{rest[1]!r} is no flag: flags begin with --, and a value that holds blanks stands in "
@@ -187,10 +189,12 @@ def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -
         limit = "" if least is None else f" from {least:g}"
         return f"{given}: expected a {'whole number' if whole else 'number'}{limit}"
     if "tuple" in type(flag.parser).__name__.lower():
-        example = flag.default if isinstance(flag.default, tuple) and flag.default else ("a", "b")
+        example = values["config"].value
+        for part in name.split(".")[1:]:
+            example = example[part]
         return (
             f"{given}: expected values with commas between them, in brackets, texts in quotes, and "
-            f'all of it in quotes for the shell, such as --{name}="{tuple(example[:2])}"'
+            f'all of it in quotes for the shell, such as --{name}="{example[:2] or ("a", "b")}"'
         )
     return f"{given}: {' '.join(reason.split())}"
 
@@ -254,13 +258,15 @@ def _load_config(spec: str) -> ConfigDict:
     if not file:
         raise ArgumentError("--config is empty: say --config=FILE, such as configs/gestures.py")
     if not Path(file).is_file():
-        files = sorted(str(f) for f in Path("configs").glob("[a-z]*.py") if f.stem != "base")
+        files = {f.stem: str(f) for f in sorted(Path("configs").glob("[a-z]*.py"))}
+        files.pop("base", None)
+        nearest = difflib.get_close_matches(Path(file).stem, files, n=1)
         if not files:
-            hint = f"; {Path.cwd()} is no copy of the repository: go to where its configs/ is"
-        elif difflib.get_close_matches(file, files, n=1):
-            hint = suggest(file, files)
+            hint = f"; the folder here, {Path.cwd()}, has no configs/: go to the repository's root"
+        elif nearest:
+            hint = f"; did you mean {files[nearest[0]]!r}?"
         else:
-            hint = f"; this repository's are {', '.join(files)}"
+            hint = f"; this repository's are {', '.join(files.values())}"
         raise ArgumentError(f"--config={spec}: there is no file {file}{hint}")
     if not file.endswith(".py") or not os.access(file, os.R_OK):
         wrong = "is no config" if os.access(file, os.R_OK) else "may not be read"
@@ -291,7 +297,7 @@ def _load_config(spec: str) -> ConfigDict:
 
 def _reason(error: BaseException, file: str) -> str:
     """What a config file raised, and where in it unless it speaks for itself."""
-    message = " ".join(str(error).split())
+    message = " ".join(_words(error).split())
     if isinstance(error, ValueError):
         return message
     if isinstance(error, SyntaxError):
@@ -311,14 +317,26 @@ def _reason(error: BaseException, file: str) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse's, with one line for wrong arguments."""
 
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """argparse's; remembers what was given, for `error`."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         """Prints the line and leaves with status 2."""
+        known = self._flags()
+        given = [argument.partition("=")[0] for argument in self._given]
+        odd = [flag for flag in given if flag[:2] == "--" and not _begins_one(flag, known)]
+        if odd:  # before what may be missing for its sake
+            message = f"unrecognized arguments: {odd[0]}"
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         choice = re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message)
         missing = re.match(r"the following arguments are required: (.*)", message)
         if unknown is not None and unknown[1].startswith("--"):
             name = unknown[1].partition("=")[0]
-            nearest = difflib.get_close_matches(name, self._flags(), n=1)
+            nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             message = f"{name} is no flag{hint}"
         elif unknown is not None:
@@ -328,6 +346,9 @@ class Parser(argparse.ArgumentParser):
             message = f"{choice[1]}: {choice[2]!r} is unknown{suggest(choice[2], choices)}"
         elif missing is not None:
             message = f"{missing[1]} {'are' if ',' in missing[1] else 'is'} missing"
+            for action in self._actions:
+                if missing[1] == action.metavar and action.choices:
+                    message += f": one of {', '.join(action.choices)}"
         else:
             message = message.removeprefix("argument ")
         self.exit(2, f"error: {one_line(message, LONGEST)} {HELP}\n")
@@ -339,6 +360,10 @@ class Parser(argparse.ArgumentParser):
             if isinstance(action, argparse._SubParsersAction):
                 names += [name for sub in action.choices.values() for name in sub._flags()]
         return names
+
+
+def _begins_one(flag: str, known: Sequence[str]) -> bool:
+    return any(name.startswith(flag) for name in known)
 
 
 # ---- where a file is to be written ----
@@ -415,10 +440,17 @@ def run(
         # What our own checks raise speaks for itself; anything else is named.
         known = isinstance(error, ValueError | OSError | FloatingPointError)
         name = "" if known else f"{type(error).__name__}: "
-        message = one_line(f"{name}{error}", LONGEST)
+        message = one_line(f"{name}{_words(error)}", LONGEST)
         hint = "" if debug else " (--debug shows where)"
         print(f"error: {who()}{message}{hint}", file=sys.stderr)
         return 1
+
+
+def _words(error: BaseException) -> str:
+    """An error's message; the system's own without its number, the file in front."""
+    if isinstance(error, OSError) and error.errno and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _say_stopped(stop: Any) -> int:

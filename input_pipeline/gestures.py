@@ -24,7 +24,7 @@ file system has them), so both classes hold the same frames. No other shortcut i
 which of a gesture's mirrored and reversed versions was drawn first is decided by a fair coin.
 """
 
-from input_pipeline.command_line import Parser, leave_at_once, run
+from input_pipeline.command_line import Parser, leave_at_once, run, suggest
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -700,6 +700,10 @@ def _class_list(text: str) -> list[str]:
     if text in ("all", "time"):
         return list(CLASS_NAMES if text == "all" else TIME_CLASSES)
     names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in CLASS_NAMES:
+            what = f"unknown gesture class {name!r}{suggest(name, ('all', 'time', *CLASS_NAMES))}"
+            raise argparse.ArgumentTypeError(what)
     try:
         return _manifest(names, {"train": 1}, 0)["classes"]
     except ValueError as error:

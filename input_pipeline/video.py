@@ -23,6 +23,7 @@ from PIL import Image
 
 CAMERA_PATIENCE_S = 5.0
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FILM_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")  # to be named in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,8 +296,11 @@ class ImageFolder(Video):
             key=_natural,
         )
         if not self._files:
+            films = sorted(f for f in folder.iterdir() if f.suffix.lower() in FILM_SUFFIXES)
+            hint = f"; it holds video files: name one, such as {films[0]}" if films else ""
             raise ValueError(
-                f"{folder} holds no images: expected files that end in {', '.join(IMAGE_SUFFIXES)}"
+                f"{folder} holds no images: expected files that end in "
+                f"{', '.join(IMAGE_SUFFIXES)}{hint}"
             )
         super().__init__(str(folder), frame_rate)
 

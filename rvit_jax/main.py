@@ -188,6 +188,14 @@ def _dispatch(values: flags.FlagValues, query: tuple[int, int] | None) -> None:
     if values.mode == "train":
         train.train_and_evaluate(config, workdir)
         return
+    if not values.checkpoint:
+        try:
+            evaluate.checkpoint.resolve_checkpoint(workdir)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the workdir {workdir} holds no checkpoint: train first, by the same command "
+                f"without --mode={values.mode}, or name a model with --checkpoint=DIR"
+            ) from error
     overrides = list(config_flags.get_override_values(values["config"]))
     checkpoint = values.checkpoint or workdir
     if values.mode == "evaluate":

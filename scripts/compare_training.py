@@ -425,10 +425,16 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _work(argv: list[str]) -> None:
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; raises ArgumentError where one is unknown, missing or does not fit."""
     values = define_flags(argv)
     parse(values, argv, __doc__)
     require(values, config="configs/gestures.py")
+    return values
+
+
+def _work(argv: list[str]) -> None:
+    values = parse_flags(argv)
     workdir = Path(values.workdir).expanduser()
     try:
         check_config(values.config, base.get_config())

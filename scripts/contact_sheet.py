@@ -66,10 +66,16 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _work(argv: list[str]) -> None:
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; raises ArgumentError where one is unknown, missing or does not fit."""
     values = define_flags(argv)
     parse(values, argv, __doc__)
     require(values, config="configs/gestures.py", output="sheet.jpg")
+    return values
+
+
+def _work(argv: list[str]) -> None:
+    values = parse_flags(argv)
     output = Path(values.output).expanduser()
     if output.suffix.lower() not in Image.registered_extensions():
         raise ArgumentError(f"--output={output}: its ending is no picture's; take .jpg or .png")

@@ -220,10 +220,16 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     return values
 
 
-def _work(argv: list[str]) -> None:
+def parse_flags(argv: list[str]) -> flags.FlagValues:
+    """The flags' values; raises ArgumentError where one is unknown, missing or does not fit."""
     values = define_flags(argv)
     parse(values, argv, __doc__)
     require(values, config="configs/gestures.py:all", checkpoint="results/gestures_all")
+    return values
+
+
+def _work(argv: list[str]) -> None:
+    values = parse_flags(argv)
     try:
         check_config(values.config, base.get_config())
     except ValueError as error:

@@ -830,7 +830,10 @@ def test_module_runs_as_a_command(tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path} is a folder; expected a file of PyTorch weights\n"
+    said = (
+        f"error: {tmp_path} is a folder; expected a file of PyTorch weights (--debug shows where)"
+    )
+    assert done.stderr == f"{said}\n"
 
 
 def torch_epochs(module, optim, data, num_steps: int) -> list[float]:

@@ -171,17 +171,14 @@ def test_a_terminal_is_drawn_over(capsys, monkeypatch, checkpoint, folder):
     ("arguments", "message"),
     [
         (("--input", "nosuch.mp4"), "nosuch.mp4"),
-        (("--input", "-"), "--frame_size"),
+        (("--input", "{folder}/.."), "holds no images"),
         (("--input", "README.md"), "cannot be read as a video"),
         (("--input", "camera:4321"), "absent"),
-        (("--input", "-", "--input", "-"), "one input only"),
         (("--input", "{folder}", "--checkpoint", "nowhere"), "nowhere"),
         (("--input", "{folder}", "--save", "{tmp}/none/o.mp4"), "no folder"),
         (("--input", "{folder}", "--save", "{tmp}/o.txt"), "o.txt"),
         (("--input", "{folder}", "--save", "{folder}"), "folder"),
         (("--input", "{folder}", "--state", "{tmp}/none/s"), "no folder"),
-        (("--input", "{folder}", "--window", "3", "--states", "4"), "num_states=4"),
-        (("--input", "{folder}", "--decay", "2"), "decay=2"),
     ],
 )
 def test_one_line_for_what_cannot_be(capsys, checkpoint, folder, tmp_path, arguments, message):
@@ -194,12 +191,49 @@ def test_one_line_for_what_cannot_be(capsys, checkpoint, folder, tmp_path, argum
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argument", ["--top_k=0", "--every=x", "--frame_size=3x", "--windoww=1"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--input", "-"), "--input=-: raw frames need --frame_size"),
+        (("--input", "-", "--input", "-", "--frame_size", "3x4"), "one input only"),
+        (("--input", "x", "--frame_size", "3x4"), "--frame_size is for raw frames"),
+        (("--input", "x", "--states", "4"), "--states=4 is for a window, and there is none"),
+        (("--input", "-", "--frame_size", "3x4", "--window", "0", "--states", "4"), "say --window"),
+        (("--input", "x", "--window", "3", "--states", "4"), "--states=4 is more than --window=3"),
+        (("--input", "rtsp://camera/s"), "ffmpeg -i rtsp://camera/s -f rawvideo -pix_fmt rgb24"),
+    ],
+)
+def test_one_line_for_flags_that_contradict_each_other(capsys, checkpoint, arguments, message):
+    status, out, err = run(capsys, "--checkpoint", checkpoint, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_states_within_a_window_are_no_mistake(capsys, checkpoint, folder):
+    window = ("--window", 4, "--states", 2, "--decay", 1)
+    assert run(capsys, "--checkpoint", checkpoint, "--input", folder, *window)[0] == 0
+
+
+def test_a_folder_of_films_names_one(capsys, checkpoint, tmp_path):
+    (tmp_path / "b.MP4").touch()
+    (tmp_path / "a.avi").touch()
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--input", tmp_path)
+    assert status == 1
+    assert f"it holds video files: name one, such as {tmp_path}/a.avi" in err
+
+
+@pytest.mark.parametrize(
+    "argument", ["--top_k=0", "--every=x", "--frame_size=3x", "--windoww=1", "--decay=2"]
+)
 def test_wrong_arguments(capsys, checkpoint, argument):
     with pytest.raises(SystemExit) as stop:
         predict.main(["--checkpoint", str(checkpoint), "--input", "x", argument])
     assert stop.value.code == 2
-    assert argument.split("=")[0] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert argument.split("=")[0] in err
+    assert err.count("\n") == 1  # and no usage before it
 
 
 def write_film(path, pixels, size=(32, 24)):

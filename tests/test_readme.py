@@ -260,13 +260,10 @@ def parse_script(name: str) -> Callable[[Sequence[str]], set[str]]:
     def parse(arguments: Sequence[str]) -> set[str]:
         script = importlib.import_module(f"scripts.{name}")
         argv = [name, *arguments]
-        if name == "benchmark":  # has a config when none is named
-            values = script.parse_flags(argv)
+        values = script.parse_flags(argv)
+        if name == "benchmark":
             script.parse_choices(values.what, script.SECTIONS, "what")
             script.settings_from_flags(values)
-        else:
-            values = script.define_flags(argv)
-            command.parse(values, argv, "")
         check_config(values.config, base.get_config())
         return set(values)
 

@@ -430,8 +430,8 @@ class TestCommandLine:
             (["--config=configs/jester.py", "--config.batchsize=8"], 2, "mean 'batch_size'?"),
             (["--config=configs/jester.py", "--config.model.num_heads=7"], 2, "is 6"),
             (["--config=configs/jester.py:v3"], 2, "no variant 'v3'"),
-            (["--config=configs/jester.py", "--mode=trian"], 2, "train|evaluate"),
-            (["--config=configs/jester.py", "--config.batch_size=x"], 2, "'x'"),
+            (["--config=configs/jester.py", "--mode=trian"], 2, "mean 'train'?"),
+            (["--config=configs/jester.py", "--config.batch_size=x"], 2, "a whole number"),
             ([], 2, "--config is missing"),
             (["--config=configs/jester.py", "--checkpoint=results/x"], 2, "for --mode=evaluate"),
             (["--config=configs/jester.py", "--mode=evaluate", "--split=val"], 2, "validation"),
@@ -455,7 +455,7 @@ class TestCommandLine:
             "--config=configs/jester.py", "--mode=evaluate", f"--workdir={tmp_path / 'run'}"
         )
         assert done.returncode == 1
-        assert "does not exist" in done.stderr
+        assert "holds no checkpoint: train first" in done.stderr
 
     def test_evaluation_prints_its_record_last(self, finished, data_dir, tmp_path):
         done = command(
@@ -472,5 +472,7 @@ class TestCommandLine:
 
     def test_a_workdir_that_cannot_be_used(self, data_dir, tmp_path):
         (tmp_path / "file").write_text("")
-        with pytest.raises(OSError, match=r"file is a file, not a folder; choose --workdir"):
+        with pytest.raises(
+            OSError, match=r"file is a file, not a folder; choose another --workdir"
+        ):
             train.train_and_evaluate(tiny_run(data_dir), tmp_path / "file" / "run")
