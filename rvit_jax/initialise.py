@@ -378,12 +378,6 @@ def _is_node(node: Any) -> bool:
     return isinstance(node, optax.ScaleByAdamState | optax.ScaleByScheduleState)
 
 
-def _is_masked(leaf: Any) -> bool:
-    """Whether the optimizer holds nothing here: a frozen parameter."""
-    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
-    return not isinstance(value, jax.Array | np.ndarray)
-
-
 def _take_over(
     ours: optax.OptState, theirs: optax.OptState, step: int
 ) -> tuple[optax.OptState, list[str]]:
@@ -404,9 +398,9 @@ def _take_over(
         pairs = []
         for path, leaf in nnx.to_flat_state(like):
             there = flat.get(path)
-            if _is_masked(leaf):
+            if optimizer.is_masked(leaf):
                 pairs.append((path, leaf))
-            elif there is None or _is_masked(there):
+            elif there is None or optimizer.is_masked(there):
                 missing.append(optimizer.path_string(path))
                 pairs.append((path, leaf))
             else:

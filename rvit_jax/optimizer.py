@@ -136,6 +136,12 @@ def updates_made(opt_state: optax.OptState) -> int:
     return int(counts[0])
 
 
+def is_masked(leaf: object) -> bool:
+    """Whether the optimizer's state holds nothing in this place: a frozen parameter."""
+    value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+    return isinstance(value, optax.MaskedNode)
+
+
 def _is_schedule(node: object) -> bool:
     return isinstance(node, optax.ScaleByScheduleState)
 

@@ -20,7 +20,6 @@ import functools
 import io
 import json
 import os
-import resource
 import struct
 import sys
 import tarfile
@@ -79,7 +78,9 @@ def measure(num_clips: int, num_parts: int, out: str, keep: bool) -> dict[str, f
         "clips": made.info.splits["train"].num_examples,
         "seconds": round(time.monotonic() - start, 1),
         "start_mib": start_mib,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        "peak_mib": memory_mib(
+            "VmHWM"
+        ),  # ru_maxrss would be that of the process that began this one
         "tensorflow": "tensorflow" in sys.modules,
     }
 

@@ -333,7 +333,15 @@ def test_every_command_leaves_at_once_before_its_imports(file):
 
 def test_ctrl_c_during_the_imports_is_quiet():
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", "rvit_jax.export", "--checkpoint=x"],
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "rvit_jax.export",
+            "--checkpoint=x",
+            "--output=y",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -262,11 +262,11 @@ class TestRefusals:
         [
             (["--output=x"], "--checkpoint is missing"),
             (["--checkpoint=x"], "--output is missing"),
-            (["--checkpoint=x", "--output=y", "--what=frame"], "step|clip"),
+            (["--checkpoint=x", "--output=y", "--what=frame"], "step, clip"),
             (["--checkpoint=x", "--output=y", "--format=tflite"], "'tflite' is unknown"),
             (["--checkpoint=x", "--output=y", "--platforms=gpu"], "cpu, cuda, rocm, tpu"),
             (["--checkpoint=x", "--output=y", "--format="], "nothing is named"),
-            (["--chekpoint=x"], "Did you mean: checkpoint"),
+            (["--chekpoint=x"], "did you mean --checkpoint"),
             (["x"], "'x' is no flag"),
         ],
     )

@@ -176,8 +176,8 @@ def test_json(capsys):
         (2, ["--config=configs/jester.py", "--config.model.num_head=2"], "'model.num_heads'"),
         (2, ["--config=configs/jester.py", "--config.model.num_heads=5"], "does not divide"),
         (2, ["--checkpoint=x", "--config.model.num_heads=2"], "is for --config"),
-        (2, ["--checkpoint=x", "--batchsize=2"], "Did you mean: batch_size"),
-        (2, ["--checkpoint=x", "--batch_size=0"], "positive"),
+        (2, ["--checkpoint=x", "--batchsize=2"], "did you mean --batch_size"),
+        (2, ["--checkpoint=x", "--batch_size=0"], "a whole number from 1"),
         (1, ["--checkpoint=/nowhere"], "/nowhere does not exist"),
     ],
 )

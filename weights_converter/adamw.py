@@ -189,6 +189,8 @@ def to_optax(adamw: AdamW, opt_state: optax.OptState, config_model: ConfigDict) 
     import optax
     from flax import nnx
 
+    from rvit_jax import optimizer
+
     moments = {
         "mu": mapping.to_flax(adamw.mean, config_model),
         "nu": mapping.to_flax(adamw.square, config_model),
@@ -202,7 +204,7 @@ def to_optax(adamw: AdamW, opt_state: optax.OptState, config_model: ConfigDict) 
             (
                 path,
                 leaf
-                if isinstance(leaf, optax.MaskedNode)
+                if optimizer.is_masked(leaf)
                 else leaf.replace(jnp.asarray(moments[field][path])),  # type: ignore[index]
             )
             for path, leaf in flat
