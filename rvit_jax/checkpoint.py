@@ -216,7 +216,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, Any] | None
     ) -> None:
-        """Saves in the background what a step needs to go on; the caller may change it at once.
+        """Saves in the background what a step needs to go on; arguments may change at once.
 
         A step that is there already gets the metrics that it lacked, and is left as it is.
 
@@ -224,6 +224,9 @@ class Checkpoints:
             OSError: this save or the one before it failed.
         """
         self.check()
+        # Orbax writes JSON later, from the object itself: what training has added by then would
+        # be in the file, and the checksum of another.
+        data_position, metrics = copy.deepcopy((data_position, metrics))
         step = int(state.step)
         meta = {**self._description, "step": step, "metrics": metrics}
         if step in self._manager.all_steps():
@@ -238,10 +241,7 @@ class Checkpoints:
             return
         self._metrics[step] = metrics
         arrays = _items(state)
-        # Orbax writes JSON later, from the object itself: what training has added by then would
-        # be in the file, and the checksum of another.
-        data_position = copy.deepcopy(data_position)
-        meta = copy.deepcopy(sealed(meta, arrays, data_position))
+        meta = sealed(meta, arrays, data_position)
         with self._saving():
             saved = self._manager.save(
                 step,
