@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import os
 import re
@@ -14,6 +13,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import transforms
+from input_pipeline.command_line import suggest
 from input_pipeline.source import ChooseFrames, VideoInfo, few, rows_of
 
 # Class index = position. This is the order of the reference and so of its checkpoint; it is NOT
@@ -332,7 +332,7 @@ def check_classes(class_names: tuple[str, ...], known: tuple[str, ...]) -> None:
     for name in class_names:
         if name not in known:
             raise ValueError(
-                f"dataset.classes: {name!r} is no class of this data{_suggest(name, known)}"
+                f"dataset.classes: {name!r} is no class of this data{suggest(name, known)}"
             )
     if len(set(class_names)) < len(class_names):
         twice = [name for name in class_names if class_names.count(name) > 1]
@@ -402,7 +402,7 @@ def check_labels(
     for row in rows:
         if row.label is not None and row.label not in known_set:
             complain(
-                f"{csv_file}:{row.line}: unknown label {row.label!r}{_suggest(row.label, known)}"
+                f"{csv_file}:{row.line}: unknown label {row.label!r}{suggest(row.label, known)}"
             )
     return True
 
@@ -464,10 +464,3 @@ def _no_clips_message(data_dir: Path, ids: tuple[str, ...], csv_file: Path) -> s
         f"none of the {len(ids)} clips in {csv_file} ({few(ids)}) has a folder in {data_dir}: "
         f"looked for {places} and <id>/; extract the archive there, or set dataset.data_dir"
     )
-
-
-def _suggest(name: str, known: tuple[str, ...]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    if nearest:
-        return f"; did you mean {nearest[0]!r}?"
-    return f"; known: {', '.join(known)}"

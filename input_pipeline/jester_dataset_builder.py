@@ -32,9 +32,9 @@ from input_pipeline import jester
 from input_pipeline.jester_parts import (
     LABEL_FOLDERS,
     PART_STEM,
+    Findings,
     PartsSource,
     StoredClip,
-    Survey,
     find_parts,
 )
 from input_pipeline.source import few
@@ -164,9 +164,9 @@ class ClipSource(Protocol):
         ...
 
     def clips(
-        self, wanted: Collection[str], survey: Survey, progress: Callable[[int], Any]
+        self, wanted: Collection[str], findings: Findings, progress: Callable[[int], Any]
     ) -> Iterator[StoredClip]:
-        """Yields each clip once, with its frames if it is wanted; tells `survey` the rest."""
+        """Yields each clip once, with its frames if it is wanted; tells `findings` the rest."""
         ...
 
 
@@ -213,14 +213,14 @@ class FolderSource:
         return measured * len(here) // max(1, len(sample))
 
     def clips(
-        self, wanted: Collection[str], survey: Survey, progress: Callable[[int], Any]
+        self, wanted: Collection[str], findings: Findings, progress: Callable[[int], Any]
     ) -> Iterator[StoredClip]:
         """Yields the wanted clips in the order of `wanted`, that of the CSV files.
 
         Raises:
             ValueError: a frame cannot be read.
         """
-        survey.unread.extend(sorted(self._present.difference(wanted)))
+        findings.unread.extend(sorted(self._present.difference(wanted)))
         for clip_id in wanted:
             if clip_id not in self._present:
                 continue
@@ -228,11 +228,11 @@ class FolderSource:
             names = os.listdir(clip_dir)
             for name in names:
                 if jester.frame_number(name) is None:
-                    survey.add_other_file(f"{clip_id}/{name}")
+                    findings.add_other_file(f"{clip_id}/{name}")
             frames = jester.in_order(names)
             progress(1)
             if not frames:
-                survey.empty.append(clip_id)
+                findings.empty.append(clip_id)
                 continue
             data = tuple(_read_frame(clip_dir / name) for name in frames)
             yield StoredClip(clip_id, frames, data)
@@ -310,11 +310,11 @@ class _Ledger:
         self._gaps: list[str] = []
         self._not_jpeg: list[str] = []
         self._extra: list[str] = []
-        self._survey = Survey()
+        self._findings = Findings()
 
     @property
-    def survey(self) -> Survey:
-        return self._survey
+    def findings(self) -> Findings:
+        return self._findings
 
     def add(self, clip: StoredClip) -> None:
         """Notes a clip, wanted or not."""
@@ -356,10 +356,10 @@ class _Ledger:
 
     def report(self) -> dict[str, Any]:
         """See `prepare`."""
-        empty = set(self._survey.empty)
-        seen_extra = {*self._extra, *(set(self._survey.unread) - self._plan.csv_ids)}
+        empty = set(self._findings.empty)
+        seen_extra = {*self._extra, *(set(self._findings.unread) - self._plan.csv_ids)}
         every = [row.clip_id for rows in self._plan.rows.values() for row in rows]
-        there = {*seen_extra, *self._survey.empty, *every}
+        there = {*seen_extra, *self._findings.empty, *every}
         return {
             "splits": {split: self._split_report(split, empty) for split in self._plan.rows},
             "extra_ids": _sorted_ids(seen_extra | (empty - self._plan.csv_ids)),
@@ -368,8 +368,8 @@ class _Ledger:
             "ids_in_several_splits": _sorted_ids({i for i, n in _counts(every).items() if n > 1}),
             "ids_with_gaps_in_frame_numbers": _sorted_ids(set(self._gaps)),
             "ids_with_frames_that_are_no_jpeg": _sorted_ids(set(self._not_jpeg)),
-            "num_other_files": self._survey.num_other_files,
-            "other_files": self._survey.other_files,
+            "num_other_files": self._findings.num_other_files,
+            "other_files": self._findings.other_files,
         }
 
     def _split_report(self, split: str, empty: set[str]) -> dict[str, Any]:
@@ -496,7 +496,7 @@ class Jester(tfds.core.dataset_builder.FileReaderBuilder):
             unit_scale=source.unit == "B",
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         ) as bar:
-            for clip in source.clips(places, ledger.survey, bar.update):
+            for clip in source.clips(places, ledger.findings, bar.update):
                 ledger.add(clip)
                 for split, label in places.get(clip.clip_id, ()):
                     example = {"id": clip.clip_id, "label": label, "frames": clip.frames}

@@ -43,7 +43,7 @@ class StoredClip:
 
 
 @dataclasses.dataclass
-class Survey:
+class Findings:
     """What else was met while the clips were read.
 
     Attributes:
@@ -145,7 +145,7 @@ class PartsSource:
         return self.total(wanted) * len(wanted) // max(self._csv_clips, len(wanted), 1)
 
     def clips(
-        self, wanted: Collection[str], survey: Survey, progress: Callable[[int], Any]
+        self, wanted: Collection[str], findings: Findings, progress: Callable[[int], Any]
     ) -> Iterator[StoredClip]:
         """Yields the clips in the archive's order; those not wanted without their bytes.
 
@@ -163,7 +163,7 @@ class PartsSource:
                 continue
             folders.add(folder)
             if not folder or jester.frame_number(file) is None:
-                survey.add_other_file(name)
+                findings.add_other_file(name)
                 continue
             if clip is None or folder != clip.folder:
                 if clip is not None:
@@ -182,7 +182,7 @@ class PartsSource:
             clip.add(file, tar, where)
         if clip is not None:
             yield clip.stored()
-        survey.empty.extend(sorted(_empty_folders(folders) - begun))
+        findings.empty.extend(sorted(_empty_folders(folders) - begun))
 
     def _lies_apart(self, clip_id: str, name: str) -> NoReturn:
         raise ValueError(

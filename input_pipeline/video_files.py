@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import difflib
 import io
 import json
 import os
@@ -21,6 +20,7 @@ import numpy as np
 from absl import logging
 
 from input_pipeline import VIDEO_NAMES
+from input_pipeline.command_line import suggest
 from input_pipeline.source import ChooseFrames, VideoInfo, few, printable, rows_of
 from input_pipeline.video_frames import VideoIndex, read_frames, read_index
 
@@ -282,7 +282,7 @@ def _check_classes(class_names: tuple[str, ...], listed: _Listed) -> None:
         if name not in known:
             raise ValueError(
                 f"dataset.classes: {name!r} is no class of {listed.file}"
-                f"{_suggest(name, listed.classes)}"
+                f"{suggest(name, listed.classes)}"
             )
     twice = [name for name in class_names if class_names.count(name) > 1]
     if twice:
@@ -304,7 +304,7 @@ def _check_labels(listed: _Listed, split: str) -> bool:
         for label in row.given:
             if label not in known:
                 raise ValueError(
-                    f"{row.where}: unknown label {label!r}{_suggest(label, listed.classes)}"
+                    f"{row.where}: unknown label {label!r}{suggest(label, listed.classes)}"
                 )
     return True
 
@@ -328,11 +328,6 @@ def _check_coverage(
             "%s: %d of %d clips are of other classes than those asked for, and left out",
             *(listed.file, left_out, len(listed.rows)),
         )
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {few(known)}"
 
 
 def _text(file: Path) -> str:
@@ -906,7 +901,7 @@ def _action(action: str, where: str, codes: Mapping[str, str]) -> tuple[str, flo
     if len(fields) != 3:
         raise ValueError(f"{where}: expected 'CLASS START END', got {action!r}")
     if fields[0] not in codes:
-        raise ValueError(f"{where}: unknown class {fields[0]!r}{_suggest(fields[0], tuple(codes))}")
+        raise ValueError(f"{where}: unknown class {fields[0]!r}{suggest(fields[0], tuple(codes))}")
     return fields[0], _seconds(fields[1], where), _seconds(fields[2], where)
 
 

@@ -40,7 +40,7 @@ from input_pipeline.command_line import check_output_folder, leaf_keys
 from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax import precision, seal
 from rvit_jax.config import lookup
-from rvit_jax.files import exclusively, flush, flush_tree, written_aside
+from rvit_jax.files import exclusively, flush, flush_tree, write_json
 from rvit_jax.layers import in_float32
 from rvit_jax.model import CompiledRViT, normalise
 from rvit_jax.seal import DamagedError
@@ -82,17 +82,6 @@ PREPROCESSING_KEYS = (
     "short_clips",
     "frame_packing",
 )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON aside, then renames: the file is never seen half written.
-
-    Raises:
-        OSError: it cannot be written; the message names `path`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_writable(workdir: Path) -> None:

@@ -26,8 +26,7 @@ from tqdm import tqdm
 import input_pipeline
 from input_pipeline.command_line import suggest
 from input_pipeline.source import few
-from rvit_jax import anytime, checkpoint, distributed, losses, sharding, steps
-from rvit_jax.files import written_aside
+from rvit_jax import anytime, checkpoint, distributed, files, losses, sharding, steps
 from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
 if TYPE_CHECKING:
@@ -489,9 +488,9 @@ def write_results(
     stem = record["split"]
     if record["frame_order"] != "forward":
         stem += f"_{record['frame_order']}"
-    checkpoint.write_json(folder / f"{stem}.json", record)
+    files.write_json(folder / f"{stem}.json", record)
     if measured is not None:
-        checkpoint.write_json(folder / f"{stem}_anytime.json", measured)
+        files.write_json(folder / f"{stem}_anytime.json", measured)
         figures.write_png(figures.anytime_curve(measured), folder / f"{stem}_anytime.png")
         figures.write_png(figures.reliability(measured), folder / f"{stem}_reliability.png")
         figures.write_png(
@@ -524,7 +523,7 @@ def write_results(
 
 def _write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     with (
-        written_aside(path) as aside,
+        files.written_aside(path) as aside,
         aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         csv.writer(file, delimiter=";").writerows(rows)

@@ -61,7 +61,6 @@ import importlib.util
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -77,8 +76,9 @@ from absl import flags
 from flax import nnx
 
 from rvit_jax import run_export
-from rvit_jax.checkpoint import LoadedModel, describe_model, load, write_json
+from rvit_jax.checkpoint import LoadedModel, describe_model, load
 from rvit_jax.command import ArgumentError, parse, run, start
+from rvit_jax.files import folder_written_aside, write_json
 from rvit_jax.model import CompiledRViT, normalise
 
 FORMAT = 1  # of export.json
@@ -311,7 +311,7 @@ def export_model(
     check_packages(formats)
     platforms = tuple(platforms)
     programs = make_programs(loaded.model, what, dtype)
-    with _written_aside(output.resolve(), overwrite=overwrite) as folder:
+    with folder_written_aside(output.resolve(), replace=overwrite) as folder:
         np.save(folder / "initial_hidden.npy", jax.device_get(loaded.model.initial_hidden(1)))
         description = describe_export(loaded, programs, formats, platforms, dtype)
         for form in formats:
@@ -329,6 +329,7 @@ def export_model(
         write_json(folder / "export.json", description)
         description["check"] = check_export(loaded, folder, formats, platforms, dtype, say)
         write_json(folder / "export.json", description)
+        check_output(output, overwrite=overwrite)  # minutes have passed
     return description
 
 
@@ -405,34 +406,6 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise OSError(
             f"--output={output} holds an export already: choose another folder, or say --overwrite"
         )
-
-
-@contextlib.contextmanager
-def _written_aside(output: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place if all goes well, and vanishes if not."""
-    new_parents = [parent for parent in output.parents if not parent.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    old = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        aside.mkdir()
-        yield aside
-        check_output(output, overwrite=overwrite)  # minutes may have passed
-        if output.exists():
-            output.rename(old)
-        try:
-            aside.rename(output)
-        except BaseException:
-            if old.exists():
-                old.rename(output)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        for parent in new_parents:
-            with contextlib.suppress(OSError):  # somebody else uses it by now
-                parent.rmdir()
-        raise
 
 
 def check_export(

@@ -6,9 +6,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -33,6 +35,52 @@ def written_aside(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise cannot_be_written(path, error) from error
         raise
+
+
+@contextlib.contextmanager
+def folder_written_aside(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+    """`written_aside` of a folder, which must be new or empty, or with `replace` may be there.
+
+    Gives a new folder beside it, which takes its place at the end, or goes with the parents that
+    were made for it.
+
+    Raises:
+        OSError: it cannot be written, or is there and not empty.
+    """
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        aside.mkdir()
+        yield aside
+        flush_tree(aside)
+        if replace and folder.exists():
+            folder.rename(old)
+        try:
+            aside.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        for parent in new_parents:
+            with contextlib.suppress(OSError):  # somebody else uses it by now
+                parent.rmdir()
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON aside, then renames: the file is never seen half written.
+
+    Raises:
+        OSError: it cannot be written; the message names `path`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def cannot_be_written(path: Path, error: OSError) -> OSError:

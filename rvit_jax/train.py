@@ -5,20 +5,15 @@ batch -> train step -> ... -> validation -> metrics.jsonl, TensorBoard -> checkp
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -35,9 +30,9 @@ from rvit_jax import (
     steps,
 )
 from rvit_jax.augment import make_augment
-from rvit_jax.command import Stopped
-from rvit_jax.files import cannot_be_written, flush, written_aside
 from rvit_jax.initialise import Start, check_there, initialise
+from rvit_jax.records import Records
+from rvit_jax.stopping import Interrupted, StopRequest
 
 if TYPE_CHECKING:
     from input_pipeline.loader import BatchIterator
@@ -48,147 +43,6 @@ LOOK_EVERY_S = 2.0
 TRAINING_SUMS = "training_sums"
 VALIDATION_DATA = "validation_data"
 MOST_REFUSED_IN_A_ROW = 20  # updates; then `on_nonfinite="skip"` stops too
-
-
-class Interrupted(Stopped):
-    """A signal asked the run to stop; its state is saved."""
-
-    def __init__(self, signum: int):
-        super().__init__(signum, "the state is saved, and the same command goes on", by_all=True)
-
-
-class _StopRequest:
-    """Set by the first SIGINT or SIGTERM; the second one ends the process at once.
-
-    Of several processes all are set before the same step, whichever gets the signal: JAX hears
-    SIGTERM and tells the others.
-    """
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._several = jax.process_count() > 1
-        self._next = 0  # step to ask JAX about
-        self._reason: int = signal.SIGTERM  # of a stop that JAX tells of
-
-    def look(self, step: int) -> None:
-        """Asks whether to stop before `step`; of several processes each does, at every step."""
-        if not self._several:
-            return
-        # JAX sets the stop one step after the furthest of the processes and answers to that number
-        # alone: a signal from before the first step of a resumed run would be lost.
-        stops = [
-            multihost_utils.reached_preemption_sync_point(number)
-            for number in range(self._next, step + 1)
-        ]
-        self._next = step + 1
-        if any(stops):
-            self.signum = self._reason
-
-    def __bool__(self) -> bool:
-        return self.signum is not None
-
-    def _handle(self, signum: int, _frame: object) -> None:
-        if self.signum is not None:
-            os._exit(128 + signum)
-        self.signum = signum
-        # Not `print`, which may have been interrupted by the signal itself.
-        os.write(2, b"\nstopping after this step; once more to leave at once\n")
-
-    def _pass_on(self, signum: int, _frame: object) -> None:
-        """Of several processes the others must hear of it: a Ctrl-C becomes a SIGTERM."""
-        signal.signal(signum, lambda *_: os._exit(128 + signum))
-        self._reason = signum
-        os.write(2, b"\nall processes stop after this step; once more to leave at once\n")
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    @contextlib.contextmanager
-    def listen(self) -> Iterator["_StopRequest"]:
-        handlers = {signal.SIGINT: self._handle, signal.SIGTERM: self._handle}
-        if self._several:  # SIGTERM is JAX's
-            handlers = {signal.SIGINT: self._pass_on}
-        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-        try:
-            yield self
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-
-class Records:
-    """`WORKDIR/metrics.jsonl`, a line per evaluation, and TensorBoard's files beside it."""
-
-    def __init__(self, workdir: Path):
-        # Imports TensorFlow: slow, and only training needs it. It computes nothing here; without
-        # these it announces its own settings.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-        from clu import metric_writers
-
-        self._path = Path(workdir) / "metrics.jsonl"
-        self._writer = metric_writers.create_default_writer(os.fspath(workdir))
-
-    def cut_back(self, step: int) -> dict[str, Any] | None:
-        """Drops records after `step`, which will be made again; returns that of `step` itself."""
-        if not self._path.exists():
-            return None
-        records = []
-        for line in self._path.read_text(errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-                records.append((int(record["step"]), record))
-            except (ValueError, KeyError, TypeError):
-                # Written in part, by a kill or on a full disk; its evaluation is made again.
-                logging.warning("%s: dropping a damaged line: %.60s", self._path, line)
-        kept = [record for of_step, record in records if of_step <= step]
-        if len(kept) < len(records):
-            logging.warning(
-                "%s: %d evaluations after step %d are made again",
-                self._path,
-                len(records) - len(kept),
-                step,
-            )
-        with written_aside(self._path) as aside:
-            aside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        return kept[-1] if kept and kept[-1]["step"] == step else None
-
-    def write(self, record: dict[str, Any], training: dict[str, float]) -> None:
-        """Appends an evaluation, with `training`'s means since the one before.
-
-        Raises:
-            OSError: it cannot be written; the message names the file.
-        """
-        try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({**record, "training": training}) + "\n")
-            flush(self._path)
-        except OSError as error:
-            raise cannot_be_written(self._path, error) from error
-        scalars = {
-            f"validation/{key}": record[key]
-            for key in (
-                *("top1", "top5", "mean_average_precision", "loss"),
-                *("ema_top1", "ema_mean_average_precision", "ema_loss"),
-            )
-            if key in record
-        }
-        scalars.update({f"train/{key}": value for key, value in training.items()})
-        with self._named():
-            self._writer.write_scalars(record["step"], scalars)
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Finishes TensorBoard's files."""
-        with self._named():
-            self._writer.close()
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Names the files that TensorFlow's errors, of its own kinds, leave unnamed."""
-        try:
-            yield
-        except Exception as error:
-            files = self._path.with_name("events.out.tfevents.*")
-            raise OSError(f"{files} cannot be written: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +194,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> None:
         checkpoint.Checkpoints(
             workdir, description, keep=config.keep_checkpoints, agree=distributed.agree
         ) as checkpoints,
-        _StopRequest().listen() as stop,
+        StopRequest().listen() as stop,
     ):
         run.train(checkpoints, stop, start)
     train_data.close()
@@ -425,7 +279,7 @@ class _Run:
         self.schedule = schedule
 
     def train(
-        self, checkpoints: checkpoint.Checkpoints, stop: _StopRequest, start: Start | None = None
+        self, checkpoints: checkpoint.Checkpoints, stop: StopRequest, start: Start | None = None
     ) -> None:
         """The loop; see `train_and_evaluate`.
 
@@ -532,7 +386,7 @@ class _Run:
         every = self.config.evaluate_every_epochs * self.steps_per_epoch
         return step > 0 and (step % every == 0 or step == self.total_steps)
 
-    def _validate(self, state: steps.TrainState, stop: _StopRequest) -> dict[str, Any] | None:
+    def _validate(self, state: steps.TrainState, stop: StopRequest) -> dict[str, Any] | None:
         """The validation record of a state; None when a signal came in between."""
         result = self._evaluate(state.params, state.fixed, "validation", stop)
         if result is None:
@@ -550,7 +404,7 @@ class _Run:
         return record
 
     def _evaluate(
-        self, params: steps.State, fixed: steps.State, progress: str, stop: _StopRequest
+        self, params: steps.State, fixed: steps.State, progress: str, stop: StopRequest
     ) -> evaluate.SplitResult | None:
         """One pass over the validation split; None when a signal came in between."""
         self.validation_data.rewind()

@@ -63,9 +63,9 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import base
 from input_pipeline.cpus import num_cpus
-from rvit_jax.checkpoint import write_json
 from rvit_jax.command import ArgumentError, Stopped, parse, run, start
 from rvit_jax.config import check_config
+from rvit_jax.files import write_json
 
 SECTIONS = {**MODEL_SECTIONS, "loader": measure_loader}
 DEFAULT_CONFIG = "configs/jester.py"

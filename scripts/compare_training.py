@@ -44,9 +44,10 @@ from tqdm import tqdm
 import input_pipeline
 from configs import base
 from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
-from rvit_jax.checkpoint import check_writable, write_json
+from rvit_jax.checkpoint import check_writable
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import LEVELS, check_config, lookup
+from rvit_jax.files import write_json
 from weights_converter import mapping
 from weights_converter.run_archive import for_torch
 from weights_converter.torch_rvit import TorchRViT

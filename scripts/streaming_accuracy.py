@@ -31,9 +31,9 @@ from tqdm import tqdm
 import input_pipeline
 import rvit_jax
 from configs import base
-from rvit_jax.checkpoint import write_json
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config
+from rvit_jax.files import write_json
 from rvit_jax.streaming import Streams
 
 IDLE_STREAMS = 8  # their ends differ by a part of the window; clips are spread over them

@@ -21,7 +21,7 @@ from torch import Tensor
 import input_pipeline
 import rvit_jax
 from configs.base import get_config
-from rvit_jax import checkpoint, losses, optimizer, sharding, steps, train
+from rvit_jax import checkpoint, losses, optimizer, sharding, steps, stopping, train
 from rvit_jax.initialise import initialise
 from rvit_jax.seal import DamagedError
 from tests import jester_folder
@@ -836,7 +836,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch, error,
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("rvit_jax.checkpoint.write_json", fail)
+    monkeypatch.setattr("rvit_jax.files.write_json", fail)
     assert main(["to_flax", str(file), str(tmp_path / "out")]) == status
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
@@ -924,7 +924,7 @@ def test_a_run_goes_on_where_pytorch_stopped(tmp_path, frozen):
     run.train_step = watched
     description = checkpoint.describe_model(config, jester_folder.CLASSES)
     with checkpoint.Checkpoints(tmp_path / "run", description, keep=1) as checkpoints:
-        run.train(checkpoints, train._StopRequest(), run.read_start())
+        run.train(checkpoints, stopping.StopRequest(), run.read_start())
     assert len(losses_seen) == len(theirs) == 12
     assert np.max(np.abs(np.subtract(losses_seen, theirs)) / theirs) <= 1e-4
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

@@ -27,7 +27,8 @@ from hypothesis.extra import numpy as arrays
 
 import rvit_jax
 from input_pipeline import get_dataset, loader, watch
-from rvit_jax import checkpoint, files, optimizer, seal, steps, train
+from rvit_jax import checkpoint, files, optimizer, seal, steps, stopping
+from rvit_jax.records import Records
 from scripts.kill_test import warnings_of_absl
 from tests.faulty import EndsItsProcess, flip, largest
 from tests.jester_folder import CLASSES, labelled, make_set
@@ -300,9 +301,7 @@ class TestLoading:
         folder = saved_model(tmp_path / "model")
         about = json.loads((folder / "model.json").read_text())
         variables = nnx.to_pure_dict(nnx.state(small_model()))
-        checkpoint.write_json(
-            folder / "model.json", checkpoint.sealed(about, {"params": variables})
-        )
+        files.write_json(folder / "model.json", checkpoint.sealed(about, {"params": variables}))
         rvit_jax.load(folder)
         flip(largest(folder / "params"))
         with pytest.raises(seal.DamagedError, match="params"):
@@ -379,15 +378,15 @@ class TestFullDisk:
         ]
 
     def test_a_description(self, workdir):
-        checkpoint.write_json(workdir / "model.json", {"short": 1})
+        files.write_json(workdir / "model.json", {"short": 1})
         before = (workdir / "model.json").read_text()
         with _SmallFiles(100), pytest.raises(OSError, match=r"model\.json cannot be written"):
-            checkpoint.write_json(workdir / "model.json", {"long": "x" * 9999})
+            files.write_json(workdir / "model.json", {"long": "x" * 9999})
         assert (workdir / "model.json").read_text() == before
         assert {f.name for f in workdir.iterdir()} == {"model.json", "checkpoints", ".lock"}
 
     def test_the_records(self, tmp_path):
-        records = train.Records(tmp_path)
+        records = Records(tmp_path)
         records.write({"step": 3, "loss": 1.0}, {"loss": 2.0})
         whole = (tmp_path / "metrics.jsonl").read_text()
         with (
@@ -407,7 +406,7 @@ class TestFullDisk:
 
 @pytest.mark.parametrize("line", ["17", "[]", '{"split": "validation"}', '{"step": "x"}', "\x80"])
 def test_a_line_that_is_no_record_is_dropped(tmp_path, line):
-    records = train.Records(tmp_path)
+    records = Records(tmp_path)
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(b'{"step": 3}\n' + line.encode("latin1") + b'\n{"step": 6}\n{"step": 9}\n')
     with warnings_of_absl() as lines:
@@ -421,7 +420,7 @@ def test_a_line_that_is_no_record_is_dropped(tmp_path, line):
 def test_a_second_signal_leaves_at_once(monkeypatch):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    with train._StopRequest().listen() as stop:
+    with stopping.StopRequest().listen() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert (stop.signum, left) == (signal.SIGINT, [])
         os.kill(os.getpid(), signal.SIGTERM)

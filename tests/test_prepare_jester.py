@@ -270,7 +270,7 @@ def test_no_flipped_byte_goes_unseen(data, place, change):
     part = jester_parts.Part("it", len(whole), lambda: io.BytesIO(flipped))
     source = jester_parts.PartsSource([part])
     try:
-        for _ in source.clips({"1"}, jester_parts.Survey(), lambda _: None):
+        for _ in source.clips({"1"}, jester_parts.Findings(), lambda _: None):
             pass
         seen = False
     except ValueError:
@@ -331,7 +331,7 @@ def test_content_that_inflates_to_much_more(tmp_path):
     parts = jester_parts.find_parts(pack(clip.parent, tmp_path / "parts"))
     source = jester_parts.PartsSource(parts)
     read = []
-    (stored,) = source.clips({"1"}, jester_parts.Survey(), read.append)
+    (stored,) = source.clips({"1"}, jester_parts.Findings(), read.append)
     assert list(stored.frames) == frames
     assert sum(read) == source.total(()) == sum(part.size for part in parts)
 
@@ -363,7 +363,7 @@ def test_a_part_that_still_grows(data):
     first, *rest = jester_parts.find_parts(data[1])
     grown = jester_parts.Part(first.name, first.size - 1, first.open)
     source = jester_parts.PartsSource([grown, *rest])
-    clips = source.clips(set(), jester_parts.Survey(), lambda _: None)
+    clips = source.clips(set(), jester_parts.Findings(), lambda _: None)
     with pytest.raises(ValueError, match=r"v1-00 had .* wait until its download has ended"):
         list(clips)
 

@@ -124,6 +124,26 @@ def test_evaluation_does_not_depend_on_the_batch_size(finished, data_dir, batch_
     assert json.loads((tmp_path / "evaluation" / "validation.json").read_text()) == record
 
 
+def test_evaluation_in_another_order_gives_the_same(finished, data_dir, tmp_path, monkeypatch):
+    orders = []
+    split = evaluate.nnx.split
+
+    def note_and_split(module, *filters):
+        orders.append((module.schedule, module.segment_frames))
+        return split(module, *filters)
+
+    monkeypatch.setattr(evaluate.nnx, "split", note_and_split)
+    config = tiny_run(data_dir)
+    expected = evaluate.evaluate(config, tmp_path / "one", "validation", finished)
+    assert ("layers", 2) not in orders
+    config.model.update(schedule="layers", segment_frames=2)
+    overrides = ["model.schedule", "model.segment_frames"]
+    record = evaluate.evaluate(config, tmp_path / "two", "validation", finished, overrides)
+    assert ("layers", 2) in orders
+    assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert [record[key] for key in ("top1", "top5")] == [expected[key] for key in ("top1", "top5")]
+
+
 def test_every_training_clip_is_evaluated_once(finished, data_dir, tmp_path):
     record = evaluate.evaluate(tiny_run(data_dir), tmp_path, "train", finished)
     assert record["num_clips"] == 10
@@ -238,12 +258,22 @@ def test_a_signal_at_another_moment_loses_nothing(
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_longer_run_goes_on(finished, data_dir, tmp_path):
+def test_a_longer_run_goes_on(finished, data_dir, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     config = tiny_run(data_dir)
     config.num_epochs = 3
+    bars = []
+
+    class Bar(train.tqdm):
+        def __init__(self, **keys):
+            super().__init__(**keys)
+            bars.append((self, keys["initial"]))
+
+    monkeypatch.setattr(train, "tqdm", Bar)
     train.train_and_evaluate(config, tmp_path)
     assert [r["step"] for r in records(tmp_path)] == [3, 6, 9]
+    ((bar, began_at),) = bars  # ten clips an epoch, of which four, four and two come in a batch
+    assert (began_at, bar.n, bar.total) == (20, 30, 30)
 
 
 def test_another_config_is_refused(finished, data_dir):

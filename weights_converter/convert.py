@@ -11,9 +11,7 @@ import dataclasses
 import math
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,7 +315,8 @@ def _write(
     from flax import nnx
 
     from rvit_jax import RViT
-    from rvit_jax.checkpoint import describe_model, sealed, write_json
+    from rvit_jax.checkpoint import describe_model, sealed
+    from rvit_jax.files import folder_written_aside, write_json
 
     model = RViT(config.model, rngs=nnx.Rngs(0))
     model.eval()
@@ -331,7 +330,7 @@ def _write(
         step = jnp.asarray(training.adamw.step, jnp.int32)
         arrays["optimizer"] = {"step": step, "state": state}
         description.update(step=training.adamw.step, epoch=training.epoch)
-    with _written_aside(out_dir) as folder, ocp.StandardCheckpointer() as checkpointer:
+    with folder_written_aside(out_dir) as folder, ocp.StandardCheckpointer() as checkpointer:
         for name, tree in arrays.items():
             checkpointer.save(folder / name, tree)
         checkpointer.wait_until_finished()
@@ -365,20 +364,6 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-@contextmanager
-def _written_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end, or goes."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
-        yield aside
-        os.replace(aside, out)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-
-
 def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str]) -> Path:
     """Writes a checkpoint's weights as a state dict under the reference's names.
 
@@ -396,16 +381,13 @@ def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str
         raise OSError(f"{out_file} exists: name another file, or remove it")
     write = _write_safetensors if out_file.suffix == ".safetensors" else _torch_writer()
     import rvit_jax
+    from rvit_jax.files import written_aside
 
     loaded = rvit_jax.load(checkpoint)
     weights = mapping.to_torch(mapping.flatten(loaded.model.module), loaded.config.model)
     out_file.absolute().parent.mkdir(parents=True, exist_ok=True)
-    aside = out_file.absolute().with_name(f".{out_file.name}.{os.getpid()}.tmp")
-    try:
+    with written_aside(out_file) as aside:
         write(weights, aside, loaded.config.model)
-        os.replace(aside, out_file)
-    finally:
-        aside.unlink(missing_ok=True)
     return out_file
 
 

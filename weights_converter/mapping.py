@@ -180,16 +180,16 @@ def load_into(model: nnx.Module, flat: Mapping[Path, np.ndarray]) -> None:
 
 
 def _sizes(config_model: ConfigDict) -> dict[str, int]:
-    width = config_model.hidden_size
+    hidden_size = config_model.hidden_size
     concatenates = config_model.readout == "class_and_hidden_tokens"
-    features = (config_model.num_layers + 1) * width if concatenates else width
+    features = (config_model.num_layers + 1) * hidden_size if concatenates else hidden_size
     return {
         "1": 1,
         "3": 3,
         "P": config_model.patch_size,
         "S": (config_model.image_size // config_model.patch_size) ** 2 + 1,
-        "D": width,
-        "3D": 3 * width,
+        "D": hidden_size,
+        "3D": 3 * hidden_size,
         "L": config_model.num_layers,
         "A": config_model.num_heads,
         "K": config_model.num_classes,

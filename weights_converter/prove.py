@@ -265,10 +265,12 @@ def _answers(found: Recognised, result: dict[str, Any], arrays: dict[str, np.nda
     batch, frames = result["accepted"]
     clips = (batch, frames)
     sizes = found.sizes
-    layers, width = sizes["num_layers"], sizes["hidden_size"]
+    layers, hidden_size = sizes["num_layers"], sizes["hidden_size"]
     second = arrays.get("second")
     notes: tuple[str, ...] = ()
-    whole, without_token = ((layers, clips[0], found.num_patches + more, width) for more in (1, 0))
+    whole, without_token = (
+        (layers, clips[0], found.num_patches + more, hidden_size) for more in (1, 0)
+    )
     if second is not None and second.shape not in (whole, without_token):
         notes = (f"its second output has shape {list(second.shape)}, which is no state of it",)
         second = None

@@ -106,8 +106,8 @@ class Recognised:
         """The number of heads where it is certain, else every divisor of D, likely ones first."""
         if self.num_heads.certain and self.num_heads.value is not None:
             return [self.num_heads.value]
-        width, likely = int(self.sizes["hidden_size"]), self.num_heads.value or 8
-        divisors = [n for n in range(1, width + 1) if width % n == 0]
+        hidden_size, likely = int(self.sizes["hidden_size"]), self.num_heads.value or 8
+        divisors = [n for n in range(1, hidden_size + 1) if hidden_size % n == 0]
         return sorted(divisors, key=lambda n: abs(math.log2(n / likely)))
 
     def possible_attentions(self) -> list[str]:
@@ -146,10 +146,12 @@ def _recognise(source: Source, attention: str | None, num_heads: int | None) -> 
     names = _reference_names(tensors, sizes)
     # The audit needs no knowledge of the attention: heads show in the re-attention's shapes alone.
     has_reattention = any(REATTENTION in name for name in names)
-    width = int(sizes["hidden_size"])
-    heads = _find_heads(source, tensors, width, num_heads)
-    if heads.value is not None and not (1 <= heads.value <= width and width % heads.value == 0):
-        raise ValueError(f"{heads.value} heads do not divide the hidden size {width}")
+    hidden_size = int(sizes["hidden_size"])
+    heads = _find_heads(source, tensors, hidden_size, num_heads)
+    if heads.value is not None and not (
+        1 <= heads.value <= hidden_size and hidden_size % heads.value == 0
+    ):
+        raise ValueError(f"{heads.value} heads do not divide the hidden size {hidden_size}")
     audited = base.get_config().model
     audited.update(**sizes, unused_reattention=has_reattention, attention="softmax")
     audited.num_heads = heads.value or 1
@@ -200,18 +202,19 @@ def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, int | str]:
     }
     num_layers = max(layers, default=0) + 1
     head = "mlp" if any(name.startswith("fc.") for name in tensors) else "linear"
-    width, _, patch, _ = shape("embedding.weight", 4)
+    hidden_size, _, patch, _ = shape("embedding.weight", 4)
     classes, features = shape("fc.class_.weight" if head == "mlp" else "classifier.1.weight", 2)
-    if features == width:
+    if features == hidden_size:
         readout = "class_token"
-    elif features == (num_layers + 1) * width:
+    elif features == (num_layers + 1) * hidden_size:
         readout = "class_and_hidden_tokens"
     else:
         raise FileRefused(
-            f"the head reads {features} features; with {num_layers} layers of width {width} it "
-            f"would be {width} (class token) or {(num_layers + 1) * width} (class and state tokens)"
+            f"the head reads {features} features; with {num_layers} layers of width {hidden_size} "
+            f"it would be {hidden_size} (class token) or {(num_layers + 1) * hidden_size} (class "
+            "and state tokens)"
         )
-    tokens = shape(_positions_name(tensors, width), 3)[1]
+    tokens = shape(_positions_name(tensors, hidden_size), 3)[1]
     side = math.isqrt(tokens - 1)
     if side < 1 or side * side != tokens - 1:
         raise FileRefused(
@@ -221,7 +224,7 @@ def _sizes(tensors: Mapping[str, np.ndarray]) -> dict[str, int | str]:
     return {
         "image_size": side * patch,
         "patch_size": patch,
-        "hidden_size": width,
+        "hidden_size": hidden_size,
         "num_layers": num_layers,
         "mlp_dim": shape(_first_like(tensors, "transformer.layers.", ".mlp.net.0.weight"), 2)[0],
         "num_classes": classes,
@@ -254,14 +257,14 @@ def _is_root(name: str) -> bool:
     return "." not in name
 
 
-def _positions_name(tensors: Mapping[str, np.ndarray], width: int) -> str:
+def _positions_name(tensors: Mapping[str, np.ndarray], hidden_size: int) -> str:
     """The positional embedding [1, S, D], whatever it is called."""
     if "pos_embedding" in tensors:
         return "pos_embedding"
     found = [
         name
         for name, array in tensors.items()
-        if _is_root(name) and array.ndim == 3 and array.shape[::2] == (1, width)
+        if _is_root(name) and array.ndim == 3 and array.shape[::2] == (1, hidden_size)
         if array.shape[1] > 1
     ]
     if len(found) != 1:
@@ -276,11 +279,11 @@ def _reference_names(
     tensors: Mapping[str, np.ndarray], sizes: Mapping[str, int | str]
 ) -> dict[str, str]:
     """The reference's name -> the file's. Root parameters of other names go by their shape."""
-    width = int(sizes["hidden_size"])
+    hidden_size = int(sizes["hidden_size"])
     roots = {
-        "pos_embedding": (1, _num_patches(sizes) + 1, width),
-        "_cls": (1, 1, width),
-        "_seq": (int(sizes["num_layers"]), 1, 1, width),
+        "pos_embedding": (1, _num_patches(sizes) + 1, hidden_size),
+        "_cls": (1, 1, hidden_size),
+        "_seq": (int(sizes["num_layers"]), 1, 1, hidden_size),
     }
     free = {n: a.shape for n, a in tensors.items() if _is_root(n) and n not in roots}
     names = {}
@@ -355,7 +358,7 @@ def _bodies(text: str) -> str:
 
 
 def _find_heads(
-    source: Source, tensors: Mapping[str, np.ndarray], width: int, asked: int | None
+    source: Source, tensors: Mapping[str, np.ndarray], hidden_size: int, asked: int | None
 ) -> Finding[int]:
     """A shape tells more than a name, a name more than a number in a reshape, that than a scale."""
     by_shape = [
@@ -373,9 +376,11 @@ def _find_heads(
     for text in texts:
         constants = re.findall(r"^  (\w+) : Final\[\w+\] = (\d+\.?\d*)$", text, re.M)
         named += [(name, float(value), f"the constant {name}") for name, value in constants]
-    by_name = (found for entry in named for found in _heads_by_name(*entry, width))
-    by_reshape = (found for text in texts for found in _heads_from_reshapes(_bodies(text), width))
-    by_scale = (found for entry in named for found in _heads_by_scale(*entry, width))
+    by_name = (found for entry in named for found in _heads_by_name(*entry, hidden_size))
+    by_reshape = (
+        found for text in texts for found in _heads_from_reshapes(_bodies(text), hidden_size)
+    )
+    by_scale = (found for entry in named for found in _heads_by_scale(*entry, hidden_size))
     for evidence in (by_shape, by_name, by_reshape, by_scale):
         if reasons := list(evidence):
             found = _combine(reasons, "num_heads", asked)
@@ -385,24 +390,24 @@ def _find_heads(
 
 
 def _heads_by_name(
-    attribute: str, value: object, reason: str, width: int
+    attribute: str, value: object, reason: str, hidden_size: int
 ) -> Iterable[tuple[int, str]]:
-    if not _is_number(value) or value != int(value) or not 1 <= value <= width:
+    if not _is_number(value) or value != int(value) or not 1 <= value <= hidden_size:
         return
     if attribute in HEAD_COUNT_NAMES:
         yield int(value), reason
-    elif attribute in HEAD_WIDTH_NAMES and width % int(value) == 0:
-        yield width // int(value), reason
+    elif attribute in HEAD_WIDTH_NAMES and hidden_size % int(value) == 0:
+        yield hidden_size // int(value), reason
 
 
 def _heads_by_scale(
-    attribute: str, value: object, reason: str, width: int
+    attribute: str, value: object, reason: str, hidden_size: int
 ) -> Iterable[tuple[int, str]]:
     """(D/A)^-0.5. Some write D^-0.5 whatever the number of heads: 1 head says nothing."""
     if attribute != "scale" or not _is_number(value) or not 0 < value <= 1:
         return
-    heads = width * value * value
-    if heads > 1.5 and abs(heads - round(heads)) < 1e-3 and width % round(heads) == 0:
+    heads = hidden_size * value * value
+    if heads > 1.5 and abs(heads - round(heads)) < 1e-3 and hidden_size % round(heads) == 0:
         yield round(heads), reason
 
 
@@ -412,7 +417,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     )  # so that NaN is none
 
 
-def _heads_from_reshapes(body: str, width: int) -> Iterable[tuple[int, str]]:
+def _heads_from_reshapes(body: str, hidden_size: int) -> Iterable[tuple[int, str]]:
     """Constants of a traced file: `reshape(qkv, [.., .., 3, 8, 24])`, `view(q, [.., .., 8, 24])`.
 
     Any list of four to eight sizes will do, whatever call it stands in, but for a permutation.
@@ -426,12 +431,12 @@ def _heads_from_reshapes(body: str, width: int) -> Iterable[tuple[int, str]]:
         told = ", ".join("?" if n is None else str(n) for n in numbers[-3:])
         reason = f"the code's reshape to [..., {told}]"
         match [number if number and number > 0 else None for number in last]:
-            case [int(a), int(b)] if a * b == width:
+            case [int(a), int(b)] if a * b == hidden_size:
                 yield a, reason
-            case [int(a), None] if before == 3 and width % a == 0:
+            case [int(a), None] if before == 3 and hidden_size % a == 0:
                 yield a, reason
-            case [None, int(b)] if before == 3 and b < width and width % b == 0:
-                yield width // b, reason
+            case [None, int(b)] if before == 3 and b < hidden_size and hidden_size % b == 0:
+                yield hidden_size // b, reason
 
 
 def _attention_evidence(

@@ -47,11 +47,11 @@ def run_whole(module: Any, request: dict[str, Any], out: Path) -> dict[str, Any]
     """
     dtype = next(module.parameters()).dtype
     dtype_name = str(dtype).removeprefix("torch.")
-    num_layers, patches, width = request["state"]
+    num_layers, patches, hidden_size = request["state"]
     accepted, refused = None, []
     for batch, frames in request["attempts"]:
         video = for_torch(seeded_clips(batch, frames, request["image_size"])).to(dtype)
-        state = torch.zeros(num_layers, batch, patches, width, dtype=dtype)
+        state = torch.zeros(num_layers, batch, patches, hidden_size, dtype=dtype)
         try:
             with torch.no_grad():
                 outputs = tensors_of(module(video, state))
@@ -98,12 +98,14 @@ def run_parts(
     roots = {ours: getattr(module, names.get(ours, ours)) for ours in ROOTS}
     positions, first = roots["pos_embedding"], roots["_seq"]
     batch, frames = video.shape[:2]
-    patches, width = positions.shape[1] - 1, positions.shape[2]
+    patches, hidden_size = positions.shape[1] - 1, positions.shape[2]
     blocks = [getattr(layer, "0") for _, layer in sorted_children(module.transformer.layers)]
     parts: dict[str, list[Tensor]] = {"embedding": []}
     with torch.no_grad():
         hidden = [
-            torch.cat([token.expand(batch, -1, -1), token.new_zeros(batch, patches, width)], 1)
+            torch.cat(
+                [token.expand(batch, -1, -1), token.new_zeros(batch, patches, hidden_size)], 1
+            )
             for token in (first if reading["learned_hidden_token"] else torch.zeros_like(first))
         ]
         for t in range(frames):

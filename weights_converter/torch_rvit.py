@@ -38,18 +38,18 @@ class HeadsFirst(nn.Module):
 class FeedForward(nn.Module):
     """Linear, exact GELU, dropout, Linear, dropout."""
 
-    def __init__(self, width: int, hidden_width: int, dropout_rate: float):
+    def __init__(self, hidden_size: int, mlp_dim: int, dropout_rate: float):
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(width, hidden_width),
+            nn.Linear(hidden_size, mlp_dim),
             nn.GELU(),
             nn.Dropout(dropout_rate),
-            nn.Linear(hidden_width, width),
+            nn.Linear(mlp_dim, hidden_size),
             nn.Dropout(dropout_rate),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """[..., hidden_size] -> [..., hidden_size]."""
         return self.net(x)
 
 
@@ -80,8 +80,8 @@ class MultiHeadDotProductAttention(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         """[B, S, D] and [B, S, D], both normalised -> [B, S, D]."""
-        batch, tokens, width = x.shape
-        head_width = width // self.num_heads
+        batch, tokens, hidden_size = x.shape
+        head_width = hidden_size // self.num_heads
         qkv = self.to_qkv(x) + self.to_qkv_h(hidden)  # [B, S, 3D]
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, head_width)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, A, S, D/A] each
@@ -95,7 +95,7 @@ class MultiHeadDotProductAttention(nn.Module):
             maps = self.reattn_norm(maps)
 
         out = torch.matmul(maps, value)  # [B, A, S, S] x [B, A, S, D/A]
-        return self.to_out(out.transpose(1, 2).reshape(batch, tokens, width))
+        return self.to_out(out.transpose(1, 2).reshape(batch, tokens, hidden_size))
 
 
 class Encoder1DBlock(nn.Module):
@@ -150,10 +150,10 @@ class Encoder(nn.Module):
 class MLPHead(nn.Module):
     """The later source's head on F features: MLP, Linear."""
 
-    def __init__(self, width: int, num_classes: int, dropout_rate: float):
+    def __init__(self, hidden_size: int, num_classes: int, dropout_rate: float):
         super().__init__()
-        self.mlp = FeedForward(width, 4 * width, dropout_rate)
-        self.class_ = nn.Linear(width, num_classes)
+        self.mlp = FeedForward(hidden_size, 4 * hidden_size, dropout_rate)
+        self.class_ = nn.Linear(hidden_size, num_classes)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, F] -> [B, K]."""
@@ -178,19 +178,19 @@ class TorchRViT(nn.Module):
     def __init__(self, config: ConfigDict):
         super().__init__()
         check_model_config(config)
-        width, layers = config.hidden_size, config.num_layers
+        hidden_size, layers = config.hidden_size, config.num_layers
         self.num_layers = layers
         self.num_patches = (config.image_size // config.patch_size) ** 2
         self.concatenates = config.readout == "class_and_hidden_tokens"
         self.has_mlp_head = config.head == "mlp"
         self.learned_hidden_token = config.learned_hidden_token
 
-        self.embedding = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size)
-        self.pos_embedding = nn.Parameter(torch.randn(1, self.num_patches + 1, width))
-        self._cls = nn.Parameter(torch.randn(1, 1, width))
-        self._seq = nn.Parameter(torch.randn(layers, 1, 1, width))
+        self.embedding = nn.Conv2d(3, hidden_size, config.patch_size, stride=config.patch_size)
+        self.pos_embedding = nn.Parameter(torch.randn(1, self.num_patches + 1, hidden_size))
+        self._cls = nn.Parameter(torch.randn(1, 1, hidden_size))
+        self._seq = nn.Parameter(torch.randn(layers, 1, 1, hidden_size))
         self.transformer = Encoder(config)
-        features = (layers + 1) * width if self.concatenates else width
+        features = (layers + 1) * hidden_size if self.concatenates else hidden_size
         if self.has_mlp_head:
             self.fc = MLPHead(features, config.num_classes, config.block_dropout_rate)
         else:
@@ -201,8 +201,10 @@ class TorchRViT(nn.Module):
 
     def initial_state(self, batch_size: int) -> Tensor:
         """Zeros [L, B, N, D], as `forward` takes them for the start of a clip."""
-        width = self.pos_embedding.shape[2]
-        return self.pos_embedding.new_zeros(self.num_layers, batch_size, self.num_patches, width)
+        hidden_size = self.pos_embedding.shape[2]
+        return self.pos_embedding.new_zeros(
+            self.num_layers, batch_size, self.num_patches, hidden_size
+        )
 
     def forward(
         self, video: Tensor, state: Tensor, num_frames: Tensor | None = None
