@@ -76,6 +76,8 @@ FOREIGN = {
     "ffmpeg": "gives raw frames, which the walk gives too",
     "ruff": "is run on every change",
     "mypy": "the same",
+    ".ci/run": "runs all of this; its arguments are looked up in it",
+    ".ci/audit": "is run on every change",
 }
 FOREIGN_FLAGS = ("--xla_cpu_experimental_ynn_fusion_type",)
 # Blocks that are no commands, by the word that they begin with.
@@ -366,6 +368,10 @@ def test_every_command_is_known():
         assert found.words[0] in ("python", *FOREIGN), found
         if found.words[0] == "python":
             assert target(found)[0] in ("pytest", *PARSERS), found
+        elif found.words[0].startswith("."):
+            script = Path(found.words[0])
+            assert os.access(script, os.X_OK), found
+            assert all(argument in script.read_text() for argument in found.words[1:]), found
 
 
 @pytest.mark.parametrize(
