@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from rvit_jax import RViT, losses, optimizer, sharding, steps
+from rvit_jax import RViT, losses, optimizer, precision, sharding, steps
 from rvit_jax.model import CompiledRViT
 from rvit_jax.schedule import resolve
 from weights_converter import mapping, run_archive
@@ -281,13 +281,15 @@ def inference(config: ConfigDict, settings: Settings, video: np.ndarray, dtype: 
 
 
 def our_train_step(
-    config: ConfigDict, dtype: str, layout: sharding.Layout
+    config: ConfigDict, level: str, layout: sharding.Layout
 ) -> tuple[Callable, steps.TrainState]:
-    """The training step, not compiled, and the state of step 0; parameters are float32."""
+    """The training step of an `opt_level`, not compiled, and the state of step 0."""
     schedule = optax.constant_schedule(config.optimizer.learning_rate)
     adamw = optimizer.make_optimizer(config.optimizer, schedule)
+    adamw = precision.make_optimizer_for(level, adamw)
     model = make_model(config)
-    model.dtype = jnp.dtype(dtype)
+    model.dtype, dtype = precision.compute_dtype(level), precision.param_dtype(level)
+    nnx.update(model, jax.tree.map(lambda x: x.astype(dtype), nnx.state(model)))
     graphdef, state = steps.create_train_state(model, adamw)
     train_step = steps.make_train_step(
         graphdef,
@@ -305,7 +307,8 @@ def jax_training(
 ) -> Run:
     """A step on a batch that lies on the device; returns the sums of `steps`, loss among them."""
     config, variant = varied(config, variant)
-    train_step, state = our_train_step(config, dtype, variant.layout)
+    level = {"float32": "O0", "bfloat16": "O1"}[dtype]
+    train_step, state = our_train_step(config, level, variant.layout)
     train_step = variant.layout.compile_step(train_step)
     batch = variant.layout.send(batch)
 
@@ -494,11 +497,17 @@ def compile_call(model: RViT, method: str, *arguments: Any) -> tuple[jax.stages.
     return compiled, lambda: jax.block_until_ready(compiled(leaves, *arguments))
 
 
-def compile_training(config: ConfigDict, batch: Batch) -> tuple[jax.stages.Compiled, Run]:
-    """Our training step, compiled for this batch, and a call of it."""
+def compile_training(
+    config: ConfigDict, batch: Batch, level: str = "O0"
+) -> tuple[jax.stages.Compiled, Run, dict[str, int]]:
+    """Our training step, compiled for this batch, a call of it, and bytes of what it keeps."""
     batch = jax.device_put(batch)
-    train_step, state = our_train_step(config, "float32", layout_of(config, 1, 1))
+    train_step, state = our_train_step(config, level, layout_of(config, 1, 1))
     leaves, treedef = jax.tree.flatten(state)
+    kept = {
+        f"{name}_bytes": sum(array.nbytes for array in jax.tree.leaves(tree))
+        for name, tree in (("parameter", state.params), ("optimizer", state.opt_state))
+    }
 
     def update(leaves: list[jax.Array], batch: dict[str, jax.Array]) -> list[jax.Array]:
         state, _ = train_step(jax.tree.unflatten(treedef, leaves), batch)
@@ -510,4 +519,4 @@ def compile_training(config: ConfigDict, batch: Batch) -> tuple[jax.stages.Compi
         nonlocal leaves
         leaves = jax.block_until_ready(compiled(leaves, batch))
 
-    return compiled, run
+    return compiled, run, kept

@@ -85,6 +85,10 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.2f}" if seconds < 0.1 else f"{1e3 * seconds:.0f}"
 
 
+def _megabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e6:.1f}"
+
+
 def _time(figures: Row) -> list[str]:
     """Median and quartiles in ms."""
     return [
@@ -151,6 +155,28 @@ def _training(rows: Sequence[Row]) -> list[str]:
     )
 
 
+def _precision(rows: Sequence[Row]) -> list[str]:
+    parts = []
+    for row in rows:
+        first = "training step, B = {batch_size}, T = {num_frames}".format(**row)
+        header = (first, "ms", "quartiles", "O0's time over it (paired)")
+        header += ("parameters MB", "optimizer MB", "XLA temp. MB")
+        body = [
+            [
+                level,
+                *_time(figures),
+                "{of_medians:.2f} ({paired_median:.2f})".format(**figures["speedup"]),
+                *(
+                    _megabytes(figures[f"{name}_bytes"])
+                    for name in ("parameter", "optimizer", "temporary")
+                ),
+            ]
+            for level, figures in row["levels"].items()
+        ]
+        parts.append(_markdown(header, body))
+    return parts
+
+
 def _streaming(rows: Sequence[Row]) -> list[str]:
     parts = _contenders(
         rows,
@@ -175,9 +201,6 @@ def _streaming(rows: Sequence[Row]) -> list[str]:
 
 
 def _scaling(rows: Sequence[Row]) -> list[str]:
-    def megabytes(count: int | None) -> str:
-        return "unknown" if count is None else f"{count / 1e6:.1f}"
-
     parts = []
     for row in rows:
         header = (f"{row['what']}, {row['over']}", "ms", "quartiles", "compile s", "XLA temp. MB")
@@ -187,8 +210,8 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
                 str(point[row["over"]]),
                 *_time(point),
                 f"{point['compile_s']:.1f}",
-                megabytes(point["temporary_bytes"]),
-                megabytes(point["argument_bytes"]),
+                _megabytes(point["temporary_bytes"]),
+                _megabytes(point["argument_bytes"]),
             ]
             for point in row["points"]
         ]
@@ -230,6 +253,7 @@ def _loader(rows: Sequence[Row]) -> list[str]:
 TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "inference": _inference,
     "training": _training,
+    "precision": _precision,
     "streaming": _streaming,
     "scaling": _scaling,
     "memory": _memory,

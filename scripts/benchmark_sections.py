@@ -28,12 +28,13 @@ import numpy as np
 import torch
 from absl import logging as absl_logging
 from benchmark_contenders import DTYPES, EAGER, OURS, Run, Settings
-from benchmark_report import Row, fitted_exponent, medians, speedups, spread
+from benchmark_report import Row, fitted_exponent, medians, speedup, speedups, spread
 from flax import nnx
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from rvit_jax import RViT
+from rvit_jax.config import LEVELS
 from rvit_jax.profile import count_parts
 
 LOGITS_BAR = 1e-3  # x max abs logit: float32 contenders further apart are not the same function
@@ -378,6 +379,24 @@ def mean_loss(result: Any) -> float:
     return float(result["loss"] / result["clips"] if isinstance(result, dict) else result)
 
 
+# ------------------------------------------------------------------------------------- precision
+
+
+def measure_precision(config: ConfigDict, settings: Settings) -> Iterator[Row]:
+    """Our step of training at each `opt_level`, at B = 4 on one device: time and bytes."""
+    batch = sides.make_batch(config, 4)
+    levels, contenders = {}, []
+    for level in progress(LEVELS, "precision: compiling"):
+        compiled, run, kept = sides.compile_training(config, batch, level)
+        levels[level] = {**kept, **planned_bytes(compiled)}
+        contenders.append(build(level, lambda run=run: run))
+    rounds = medians(measure(contenders, settings, "precision", seed=config.seed))
+    for level, seconds in rounds.items():
+        levels[level].update(spread(seconds), speedup=speedup(rounds["O0"], seconds))
+    size, frames = batch["video"].shape[:2]
+    yield {"batch_size": size, "num_frames": frames, "levels": levels}
+
+
 # ------------------------------------------------------------------------------------- streaming
 
 
@@ -465,17 +484,22 @@ def compile_one(config: ConfigDict, what: str, batch_size: int) -> tuple[Row, Ru
     if what == "training":
         batch = sides.make_batch(config, batch_size)
         start = time.perf_counter()
-        compiled, run = sides.compile_training(config, batch)
+        compiled, run, _ = sides.compile_training(config, batch)
     else:
         model = sides.make_model(config)
         video = jax.device_put(sides.make_video(config, batch_size))
         start = time.perf_counter()
         compiled, run = sides.compile_call(model, "__call__", video)
-    figures = {"compile_s": time.perf_counter() - start}
+    return {"compile_s": time.perf_counter() - start, **planned_bytes(compiled)}, run
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> Row:
+    """XLA's own account of a program's memory; None where it gives none."""
     analysis = compiled.memory_analysis()
-    for name, field in (("temporary", "temp"), ("argument", "argument")):
-        figures[f"{name}_bytes"] = getattr(analysis, f"{field}_size_in_bytes", None)
-    return figures, run
+    return {
+        f"{name}_bytes": getattr(analysis, f"{field}_size_in_bytes", None)
+        for name, field in (("temporary", "temp"), ("argument", "argument"))
+    }
 
 
 # ---------------------------------------------------------------------------------------- memory
@@ -539,6 +563,7 @@ def process_memory(field: str) -> int:
 SECTIONS: dict[str, Callable[[ConfigDict, Settings], Iterator[Row]]] = {
     "inference": measure_inference,
     "training": measure_training,
+    "precision": measure_precision,
     "streaming": measure_streaming,
     "scaling": measure_scaling,
     "memory": measure_memory,

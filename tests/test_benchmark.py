@@ -236,6 +236,20 @@ def test_scaling(monkeypatch):
     assert "fitted exponent" in report.TABLES["scaling"](rows)[1]
 
 
+def test_levels_of_precision():
+    (row,) = sections.measure_precision(tiny_config(), TINY)
+    o0, o1, o2 = row["levels"].values()
+    assert list(row["levels"]) == ["O0", "O1", "O2"]
+    assert o1["parameter_bytes"] == o0["parameter_bytes"] == 2 * o2["parameter_bytes"]
+    # AdamW keeps two moments of each parameter, O2 a copy of it in float32 too; counts beside.
+    assert o1["optimizer_bytes"] == o0["optimizer_bytes"]
+    assert o2["optimizer_bytes"] - o0["optimizer_bytes"] == o0["parameter_bytes"]
+    assert 0 < o0["optimizer_bytes"] - 2 * o0["parameter_bytes"] < 100
+    assert o0["speedup"]["of_medians"] == 1.0
+    (text,) = report.TABLES["precision"]([row])
+    assert len(text.splitlines()) == 5
+
+
 def test_compiling_tells_its_time_and_memory():
     figures, run = sections.compile_one(tiny_config(), "training", 4)
     assert figures["compile_s"] > 0
