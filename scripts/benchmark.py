@@ -8,6 +8,7 @@ Sections (`--what`, or `--sections`; all by default):
 
     inference   whole clips at B = 1, 4, 8: ours against PyTorch eager, TorchScript, torch.compile
     training    one AdamW step at B = 4, from uint8 frames on the device
+    precision   the same step of ours at O0, O1, O2: time, bytes kept, XLA's temporaries
     streaming   one frame at B = 1, from the host and back: p50 and p95; FLOPs of the compiled step
     scaling     ours over T, B and L, and training over T: exponents, XLA's memory, compiling
     memory      peak of a process of its own for each side, and of the GPU
