@@ -44,7 +44,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -52,7 +52,7 @@ import numpy as np
 import tqdm
 
 from input_pipeline.cpus import num_cpus
-from input_pipeline.hand import Motion, draw_frames, wander
+from input_pipeline.hand import Motion, draw_frames, draw_hand_mask, wander
 from input_pipeline.jester import CLASS_NAMES, MIRRORED, REVERSED, SPLITS
 from input_pipeline.source import few
 
@@ -436,6 +436,36 @@ def _write_drawing(videos: Path, drawing: _Drawing) -> int:
                 (aside / name).write_bytes(frames[source])
         written = aside.rename(videos / str(clip.number))
     return len(drawing.clips)
+
+
+def hand_masks(
+    output: str | os.PathLike[str], ids: Collection[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Where arm and hand are in each frame of some clips of a data set, drawn once more.
+
+    Args:
+        output: a finished data set.
+        ids: of clips in it; they come in another order.
+
+    Yields:
+        (id, bool [T, H, W]), T, H and W those of the clip's files.
+
+    Raises:
+        FileNotFoundError: there is no finished data set in `output`.
+        ValueError: its `gestures.json` is damaged.
+        KeyError: an id is of no clip in it.
+    """
+    left = set(ids)
+    for drawing in _plan(read_manifest(output)):
+        wanted = [clip for clip in drawing.clips if str(clip.number) in left]
+        if wanted:
+            rng = np.random.default_rng(drawing.seed)
+            mask = draw_hand_mask(draw_motion(drawing.label, rng), rng)
+            for clip in wanted:
+                yield str(clip.number), mask[::-1] if clip.backwards else mask
+            left.difference_update(str(clip.number) for clip in wanted)
+    if left:
+        raise KeyError(f"{output} has no clip {min(left)!r}")
 
 
 def _link(source: Path, target: Path) -> bool:

@@ -92,21 +92,58 @@ def wander(rng: np.random.Generator, num_frames: int, slowness: float) -> np.nda
     return np.convolve(noise, kernel / np.linalg.norm(kernel), mode="valid")
 
 
-def draw_frames(motion: Motion, rng: np.random.Generator) -> list[bytes]:
-    """The JPEG files of a clip with this motion; all looks are drawn from `rng`."""
+@dataclasses.dataclass(frozen=True)
+class _Scene:
+    """What a clip shows, before light and noise.
+
+    Attributes:
+        room: uint8 [H + margins, W + margins, 3].
+        shake: the camera's, [T, 2] pixels.
+        polygons: in drawing order, int32 [T, shapes, corners, 2], in parts of a pixel.
+        colours: of each.
+        num_behind: how many of them, the first, are not of the arm and hand.
+    """
+
+    room: np.ndarray
+    shake: np.ndarray
+    polygons: np.ndarray
+    colours: list[tuple[float, ...]]
+    num_behind: int
+
+
+def _draw_scene(motion: Motion, rng: np.random.Generator) -> _Scene:
     num_frames = motion.num_frames
     width = int(rng.choice(IMAGE_WIDTHS))
     skin = _SKIN_TONES[rng.integers(len(_SKIN_TONES))] * rng.uniform(0.92, 1.08)
     clothing = _clothing_colour(rng, skin)
     shake = np.stack([wander(rng, num_frames, 5), wander(rng, num_frames, 5)], axis=-1)
-    shake = np.clip(shake * rng.uniform(0, 1.2), 1 - _MARGIN, _MARGIN - 1)  # [T, 2] pixels
+    shake = np.clip(shake * rng.uniform(0, 1.2), 1 - _MARGIN, _MARGIN - 1)
 
     room = _draw_room(rng, width)
-    shapes = _person(rng, num_frames, skin, clothing) + _arm_and_hand(motion, rng, skin, clothing)
+    behind = _person(rng, num_frames, skin, clothing)
+    shapes = behind + _arm_and_hand(motion, rng, skin, clothing)
     colours = [tuple(np.clip(colour, 0, 255).tolist()) for _, colour in shapes]
     polygons = np.stack([np.broadcast_to(p, (num_frames, _CORNERS, 2)) for p, _ in shapes], axis=1)
     polygons = polygons * IMAGE_HEIGHT + (width / 2, 0) - shake[:, None, None]
-    polygons = np.round(polygons * 2**_SUBPIXEL_BITS).astype(np.int32)  # [T, shapes, corners, 2]
+    polygons = np.round(polygons * 2**_SUBPIXEL_BITS).astype(np.int32)
+    return _Scene(room, shake, polygons, colours, len(behind))
+
+
+def draw_hand_mask(motion: Motion, rng: np.random.Generator) -> np.ndarray:
+    """Where `draw_frames`, from the same `rng`, shows arm and hand: bool [T, H, W]."""
+    scene = _draw_scene(motion, rng)
+    width = scene.room.shape[1] - 2 * _MARGIN
+    masks = np.zeros((motion.num_frames, IMAGE_HEIGHT, width), np.uint8)
+    for mask, polygons in zip(masks, scene.polygons[:, scene.num_behind :], strict=True):
+        for polygon in polygons:
+            cv2.fillConvexPoly(mask, polygon, 1, cv2.LINE_8, _SUBPIXEL_BITS)
+    return masks.astype(bool)
+
+
+def draw_frames(motion: Motion, rng: np.random.Generator) -> list[bytes]:
+    """The JPEG files of a clip with this motion; all looks are drawn from `rng`."""
+    num_frames, scene = motion.num_frames, _draw_scene(motion, rng)
+    room, shake, width = scene.room, scene.shake, scene.room.shape[1] - 2 * _MARGIN
 
     light = _light(rng, width)
     flicker = 1 + rng.uniform(0, 0.03) * wander(rng, num_frames, 2)
@@ -120,7 +157,7 @@ def draw_frames(motion: Motion, rng: np.random.Generator) -> list[bytes]:
     frames = []
     for t in range(num_frames):
         image = cv2.getRectSubPix(room, (width, IMAGE_HEIGHT), tuple(middle + shake[t]))
-        for polygon, colour in zip(polygons[t], colours, strict=True):
+        for polygon, colour in zip(scene.polygons[t], scene.colours, strict=True):
             cv2.fillConvexPoly(image, polygon, colour, cv2.LINE_AA, _SUBPIXEL_BITS)
         image = cv2.GaussianBlur(image, (3, 3), blur)
         image = cv2.multiply(image, light, scale=flicker[t], dtype=cv2.CV_8U)

@@ -15,7 +15,13 @@ from absl import flags
 from input_pipeline import check, command_line, gestures
 from input_pipeline.command_line import ArgumentError, Parser, run
 from rvit_jax import checkpoint, evaluate, export, main, profile, train
-from scripts import compare_training, contact_sheet, prepare_jester, streaming_accuracy
+from scripts import (
+    attention_on_hand,
+    compare_training,
+    contact_sheet,
+    prepare_jester,
+    streaming_accuracy,
+)
 from tests.jester_folder import CLASSES, make_set
 from tests.small import saved_model, small_config
 from weights_converter import __main__ as converter
@@ -179,6 +185,13 @@ def test_from_another_folder(capsys, no_work, tmp_path, monkeypatch):
         (streaming_accuracy.main, [GESTURES], 2, "--checkpoint is missing"),
         (streaming_accuracy.main, [GESTURES, "--checkpoint=x", "--output=tests"], 1, "is a folder"),
         (streaming_accuracy.main, [GESTURES, "--checkpoint=x", "--clips=0"], 2, "number from 1"),
+        (attention_on_hand.main, [GESTURES], 2, "--checkpoint is missing"),
+        (
+            attention_on_hand.main,
+            ["--config=configs/jester.py", "--checkpoint=x"],
+            2,
+            "known of 'gestures' alone",
+        ),
         (compare_training.main, ["--config=configs/gestures.py:al"], 2, "no variant 'al'"),
         (compare_training.main, [GESTURES, "--workdir=README.md"], 1, "choose another --workdir"),
         (prepare_jester.main, ["--source=tests", "--data_dir=x"], 1, "say with --labels where"),
@@ -403,6 +416,7 @@ def test_flags_of_one_command_are_not_those_of_the_process():
     contact_sheet.define_flags(["x"])
     compare_training.define_flags(["x"])
     streaming_accuracy.define_flags(["x"])
+    attention_on_hand.define_flags(["x"])
     assert set(flags.FLAGS) == before
 
 

@@ -324,6 +324,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], set[str]]] = {
     "scripts/contact_sheet.py": parse_script("contact_sheet"),
     "scripts/kill_test.py": parse_kill_test,
     "scripts/prepare_jester.py": parse_prepare,
+    "scripts/attention_on_hand.py": parse_script("attention_on_hand"),
     "scripts/streaming_accuracy.py": parse_script("streaming_accuracy"),
 }
 # The least that a flag, named alone in a document, needs beside it.
