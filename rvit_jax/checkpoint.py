@@ -743,7 +743,8 @@ def _no_checkpoint_message(path: Path) -> str:
 
 def has_steps(workdir: str | os.PathLike[str]) -> bool:
     """Whether a run in `workdir` would go on; whether its checkpoints are whole is seen then."""
-    return any(f.name.isdecimal() for f in (Path(workdir) / "checkpoints").glob("[0-9]*"))
+    folders = (Path(workdir) / "checkpoints").glob("*")
+    return any(folder.is_dir() and folder.name.isdecimal() for folder in folders)
 
 
 def _is_ema(path: Path) -> bool:

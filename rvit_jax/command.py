@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from input_pipeline import command_line
-from input_pipeline.command_line import ArgumentError, Stopped, check_config_arguments, parse
+from input_pipeline.command_line import ArgumentError, Stopped, parse
 from rvit_jax import distributed
 
-__all__ = ["ArgumentError", "Stopped", "check_config_arguments", "parse", "run", "start"]
+__all__ = ["ArgumentError", "Stopped", "parse", "run", "start"]
 
 
 def run(work: Callable[[list[str]], int | None], argv: list[str]) -> int:

@@ -36,6 +36,7 @@ _CHOICES = {
     "loss.name": ("smoothed_cross_entropy", "cross_entropy", "binary_cross_entropy"),
     "on_nonfinite": ("stop", "skip"),
 }
+_TEXTS = ("dataset.classes", "optimizer.frozen")  # other keys of several values hold numbers
 # Least and greatest value, both allowed; None: no limit.
 _RANGES = {
     "seed": (0, 2**32 - 1),
@@ -147,6 +148,8 @@ def check_config(config: ConfigDict, reference: ConfigDict, *, training: bool = 
                 f"config.{key}={value!r} is {type(value).__name__}, expected "
                 f"{type(default).__name__}, such as {default!r}"
             )
+        if isinstance(default, tuple):
+            _check_entries(key, value, default)
     _check_values(config)
     _check_dataset(config)
     if config.mesh.data == 0:
@@ -163,6 +166,16 @@ def check_config(config: ConfigDict, reference: ConfigDict, *, training: bool = 
         clips.ClipOptions.from_config(config, training=True)  # refuses what is no clip
     if len(config.optimizer.betas) != 2 or not all(0 <= b < 1 for b in config.optimizer.betas):
         raise ValueError(f"config.optimizer.betas={config.optimizer.betas}: two numbers in [0, 1)")
+
+
+def _check_entries(key: str, values: tuple[Any, ...], default: tuple[Any, ...]) -> None:
+    """Raises ValueError where one of a key's several values is of the wrong type."""
+    text = key in _TEXTS
+    what = f"{'texts' if text else 'numbers'}{f', such as {default}' if default else ''}"
+    for value in values:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (isinstance(value, str) if text else number):
+            raise ValueError(f"config.{key}={values!r}: {value!r} is wrong, expected {what}")
 
 
 def _check_values(config: ConfigDict) -> None:

@@ -78,7 +78,7 @@ from flax import nnx
 from rvit_jax import run_export
 from rvit_jax.checkpoint import LoadedModel, describe_model, load
 from rvit_jax.command import ArgumentError, parse, run, start
-from rvit_jax.files import folder_written_aside, write_json
+from rvit_jax.files import folder_written_aside, write_json, written_aside
 from rvit_jax.model import CompiledRViT, normalise
 
 FORMAT = 1  # of export.json
@@ -431,8 +431,9 @@ def check_export(
     errors: dict[str, dict[str, float] | None] = {}
     with tempfile.TemporaryDirectory(prefix="rvit_jax_export_") as scratch:
         cases = Path(scratch) / "cases.npz"
-        # Names are ours: none is that of NumPy's other argument.
-        np.savez(cases, **_cases(loaded, dtype, device or jax.devices()[0]))  # type: ignore[arg-type]
+        with written_aside(cases) as aside:
+            # Names are ours: none is that of NumPy's other argument.
+            np.savez(aside, **_cases(loaded, dtype, device or jax.devices()[0]))  # type: ignore[arg-type]
         for form in formats:
             if not can_run[form]:
                 errors[form] = None

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -45,12 +46,13 @@ def folder_written_aside(folder: Path, *, replace: bool = False) -> Iterator[Pat
     were made for it.
 
     Raises:
-        OSError: it cannot be written, or is there and not empty.
+        OSError: it cannot be written, or is there and not empty; the message names `folder`.
     """
     new_parents = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    # Of machines that share a disk, several may have a process of one number.
+    own = f".{folder.name}.{secrets.token_hex(4)}"
+    aside, old = folder.with_name(f"{own}.tmp"), folder.with_name(f"{own}.old")
     try:
         aside.mkdir()
         yield aside
@@ -64,12 +66,20 @@ def folder_written_aside(folder: Path, *, replace: bool = False) -> Iterator[Pat
                 old.rename(folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         for parent in new_parents:
             with contextlib.suppress(OSError):  # somebody else uses it by now
                 parent.rmdir()
+        if isinstance(error, OSError) and _is_systems(error, aside):
+            raise cannot_be_written(folder, error) from error
         raise
+
+
+def _is_systems(error: OSError, aside: Path) -> bool:
+    """Whether an error is the system's own, of `aside` or of no file that it names."""
+    of_it = error.filename is None or str(error.filename).startswith(os.fspath(aside))
+    return error.errno is not None and of_it
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -73,7 +73,7 @@ class Streams:
         self._spacing = math.ceil(window / wanted)
         self._num_states = math.ceil(window / self._spacing) if window else 1
         self._lifetime = self._num_states * self._spacing  # the window, or a few frames more
-        self._model, self._decay, self._multi_label = model, decay, multi_label
+        self._decay, self._multi_label = decay, multi_label
         self.num_frames = np.zeros(num_streams, np.int64)
         initial = model.initial_hidden(1)[:, None]  # [L, 1, 1, S, D]
         self._hidden = jnp.tile(initial, (1, self._num_states, num_streams, 1, 1))

@@ -38,6 +38,8 @@ from input_pipeline.command_line import Parser, leave_at_once
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
 
+from rvit_jax.command import Stopped, run, start
+
 LIMIT_S = 900.0  # that one start may take
 NUM_EPOCHS = 6
 
@@ -382,21 +384,34 @@ def damage_each(workdir: Path, scratch: Path, rng: random.Random) -> dict[str, A
     return {**counts, "wrong": wrong}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the test and returns the exit status."""
+def _test(argv: list[str]) -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of part (a)")
     parser.add_argument("--terms", type=int, default=5, help="SIGTERMs of part (b)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the bits")
     parser.add_argument("--output", type=Path, default=Path("results/kill_test"))
-    args = parser.parse_args(argv)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(argv[1:])
     os.environ.setdefault("NPROC", "1")  # XLA's sums depend on the number of threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     folder = args.output.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    try:
+        return _run_parts(args, folder)
+    except (KeyboardInterrupt, Stopped) as stop:
+        stop.add_note(f"the runs so far are in {folder}")
+        raise
+    finally:  # a run leads a group of its own: Ctrl-C does not reach it
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+
+
+def _run_parts(args: argparse.Namespace, folder: Path) -> int:
+    """Runs the parts, prints and writes the report; returns the exit status."""
     lab, rng = Lab(folder, args.workers), random.Random(args.seed)
     shutil.rmtree(lab.workdir, ignore_errors=True)
     lab.finish(lab.start())
@@ -418,5 +433,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if passed else 1
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the test and returns the exit status."""
+    return run(_test, ["kill_test", *(sys.argv[1:] if argv is None else argv)])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    start(main)

@@ -268,6 +268,14 @@ def test_what_evaluation_needs_is_said(capsys, tmp_path):
             checkpoint.resolve_checkpoint(path)
 
 
+def test_a_file_with_the_name_of_a_step_is_none(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "7").touch()
+    assert not checkpoint.has_steps(tmp_path)
+    (tmp_path / "checkpoints" / "12").mkdir()
+    assert checkpoint.has_steps(tmp_path)
+
+
 def test_a_model_without_class_names(tmp_path):
     with pytest.raises(ValueError, match=r"convert it again .* --class_names=FILE.*has a, b$"):
         evaluate.match_labels(["a", "b"], ["class 0", "class 1"])

@@ -385,6 +385,15 @@ class TestFullDisk:
         assert (workdir / "model.json").read_text() == before
         assert {f.name for f in workdir.iterdir()} == {"model.json", "checkpoints", ".lock"}
 
+    def test_a_folder(self, tmp_path):
+        def write():
+            with files.folder_written_aside(tmp_path / "new" / "folder") as aside:
+                (aside / "weights").write_bytes(bytes(9999))
+
+        with _SmallFiles(100), pytest.raises(OSError, match=r"new/folder cannot be written: File"):
+            write()
+        assert not list(tmp_path.iterdir())
+
     def test_the_records(self, tmp_path):
         records = Records(tmp_path)
         records.write({"step": 3, "loss": 1.0}, {"loss": 2.0})
@@ -402,6 +411,35 @@ class TestFullDisk:
     def test_the_message_says_what_helps(self):
         error = files.cannot_be_written(Path("x"), OSError(errno.ENOSPC, "No space left on device"))
         assert str(error).endswith("x cannot be written: No space left on device: make room there")
+
+
+class TestFolderWrittenAside:
+    def test_one_that_another_process_filled_meanwhile(self, tmp_path):
+        def write():
+            with files.folder_written_aside(tmp_path / "folder") as aside:
+                (aside / "ours").touch()
+                (tmp_path / "folder").mkdir()
+                (tmp_path / "folder" / "theirs").touch()
+
+        with pytest.raises(OSError, match=r"/folder cannot be written: Directory not empty$"):
+            write()
+        assert [file.name for file in tmp_path.rglob("*")] == ["folder", "theirs"]
+
+    def test_two_of_one_name_at_a_time(self, tmp_path):
+        """As of two machines whose processes have the same number; the later one stays."""
+        with files.folder_written_aside(tmp_path / "folder", replace=True) as first:
+            with files.folder_written_aside(tmp_path / "folder", replace=True) as second:
+                (second / "b").touch()
+            (first / "a").touch()
+        assert [file.name for file in tmp_path.rglob("*")] == ["folder", "a"]
+
+    def test_an_error_of_the_work_is_left_as_it_is(self, tmp_path):
+        with (
+            pytest.raises(FileNotFoundError, match="nowhere"),
+            files.folder_written_aside(tmp_path / "folder"),
+        ):
+            (tmp_path / "nowhere").read_text()
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("line", ["17", "[]", '{"split": "validation"}', '{"step": "x"}', "\x80"])

@@ -1,10 +1,13 @@
 """Runs that are killed or stopped end in the same bits as one that is left alone."""
 
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 
+from input_pipeline import command_line
 from scripts import kill_test
 
 
@@ -39,6 +42,30 @@ def test_a_run_killed_in_a_save_and_then_stopped(tmp_path):
     assert trained[killed:] == list(range(trained[killed], 13))
     assert len(trained) > len(stopped)
     assert kill_test.compare(lab.workdir, expected) == []
+
+
+def test_ctrl_c_leaves_no_run_behind(tmp_path, monkeypatch, capsys):
+    processes = []
+
+    def start(lab):
+        context = multiprocessing.get_context("spawn")
+        processes.append(context.Process(target=time.sleep, args=(600,)))
+        processes[0].start()
+        return processes[0]
+
+    monkeypatch.setattr(kill_test.Lab, "start", start)
+    monkeypatch.setattr(kill_test.Lab, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # it sets them where they are not
+    before = signal.getsignal(signal.SIGINT)
+    command_line.leave_at_once()
+    try:
+        assert kill_test.main([f"--output={tmp_path}"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert processes[0].exitcode == -signal.SIGKILL
+    said = f"stopped by signal 2; the runs so far are in {tmp_path}\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.slow

@@ -215,7 +215,6 @@ def test_there_is_something_to_check():
 
 def parse_main(arguments: Sequence[str]) -> set[str]:
     argv = ["main", *arguments]
-    command.check_config_arguments(argv)
     values = main.define_flags(argv)
     command.parse(values, argv, "")
     main._check(values)
@@ -225,7 +224,6 @@ def parse_main(arguments: Sequence[str]) -> set[str]:
 
 def parse_check(arguments: Sequence[str]) -> set[str]:
     argv = ["check", *arguments]
-    command.check_config_arguments(argv)
     values = check._parse(argv)
     check_config(values.config, base.get_config())
     return set(values)
