@@ -40,7 +40,7 @@ from input_pipeline.command_line import check_output_folder, leaf_keys
 from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax import precision, seal
 from rvit_jax.config import lookup
-from rvit_jax.files import exclusively, flush, flush_tree, write_json
+from rvit_jax.files import exclusively, flush, flush_tree, folder_written_aside, write_json
 from rvit_jax.layers import in_float32
 from rvit_jax.model import CompiledRViT, normalise
 from rvit_jax.seal import DamagedError
@@ -82,6 +82,32 @@ PREPROCESSING_KEYS = (
     "short_clips",
     "frame_packing",
 )
+
+
+def write_model(folder: Path, arrays: Mapping[str, Any], description: dict[str, Any]) -> None:
+    """Writes a model that no run has trained, sealed, as `load` reads it; whole or not at all.
+
+    Args:
+        folder: new, or empty.
+        arrays: "params", and what else belongs to the model.
+        description: of `describe_model`, with what else is known of it.
+
+    Raises:
+        OSError: it cannot be written; the message names `folder`.
+    """
+    _keep_tracebacks_back()
+    try:
+        with folder_written_aside(folder) as aside, ocp.StandardCheckpointer() as checkpointer:
+            for name, tree in arrays.items():
+                checkpointer.save(aside.absolute() / name, tree)
+            checkpointer.wait_until_finished()
+            write_json(aside / "model.json", sealed(description, arrays))
+    except OSError:
+        raise
+    except Exception as error:  # Orbax raises many kinds
+        full = "No space left on device"
+        reason = f"{full}: make room there" if full in str(error) else _first_line(error)
+        raise OSError(f"{folder} cannot be written: {reason}") from error
 
 
 def check_writable(workdir: Path) -> None:

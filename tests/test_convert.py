@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -836,9 +838,41 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch, error,
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("rvit_jax.files.write_json", fail)
+    monkeypatch.setattr("rvit_jax.checkpoint.write_json", fail)
     assert main(["to_flax", str(file), str(tmp_path / "out")]) == status
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+class TestAFullDisk:
+    """`RLIMIT_FSIZE` stands in for it: a file that grows beyond it is an error of the system."""
+
+    @pytest.fixture(autouse=True)
+    def full(self, tmp_path):
+        # Made before: the process itself may write no more than this to a file.
+        save(make_oracle(), tmp_path / "a.pth", "script")
+        saved_model(tmp_path / "model")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+        yield
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+    def test_of_a_converted_model(self, tmp_path, capfd):
+        out = tmp_path / "new" / "out"
+        assert main(["to_flax", str(tmp_path / "a.pth"), str(out)]) == 1
+        said = capfd.readouterr().err.strip().splitlines()
+        assert said[-1].startswith(f"error: {out} cannot be written: ")
+        assert not any("Traceback" in line for line in said)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "model"]
+
+    @pytest.mark.parametrize("ending", ["pth", "safetensors"])
+    def test_of_a_pytorch_file(self, tmp_path, capfd, ending):
+        out = tmp_path / f"b.{ending}"
+        assert main(["to_torch", str(tmp_path / "model"), str(out)]) == 1
+        said = capfd.readouterr().err.strip()
+        assert said == f"error: {out} cannot be written: File too large (--debug shows where)"
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "model"]
 
 
 def test_module_runs_as_a_command(tmp_path):

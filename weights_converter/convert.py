@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import io
 import math
 import os
 import re
@@ -311,12 +312,10 @@ def _write(
     training: _Training | None,
 ) -> None:
     import jax.numpy as jnp
-    import orbax.checkpoint as ocp
     from flax import nnx
 
     from rvit_jax import RViT
-    from rvit_jax.checkpoint import describe_model, sealed
-    from rvit_jax.files import folder_written_aside, write_json
+    from rvit_jax.checkpoint import describe_model, write_model
 
     model = RViT(config.model, rngs=nnx.Rngs(0))
     model.eval()
@@ -330,11 +329,7 @@ def _write(
         step = jnp.asarray(training.adamw.step, jnp.int32)
         arrays["optimizer"] = {"step": step, "state": state}
         description.update(step=training.adamw.step, epoch=training.epoch)
-    with folder_written_aside(out_dir) as folder, ocp.StandardCheckpointer() as checkpointer:
-        for name, tree in arrays.items():
-            checkpointer.save(folder / name, tree)
-        checkpointer.wait_until_finished()
-        write_json(folder / "model.json", sealed(description, arrays))
+    write_model(out_dir, arrays, description)
 
 
 def _provenance(found: Recognised, proof: "Proof | None", why_not: str | None) -> dict[str, Any]:
@@ -379,7 +374,7 @@ def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str
     out_file = Path(out_file)
     if out_file.exists():
         raise OSError(f"{out_file} exists: name another file, or remove it")
-    write = _write_safetensors if out_file.suffix == ".safetensors" else _torch_writer()
+    encode = _safetensors_bytes if out_file.suffix == ".safetensors" else _torch_encoder()
     import rvit_jax
     from rvit_jax.files import written_aside
 
@@ -387,20 +382,21 @@ def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str
     weights = mapping.to_torch(mapping.flatten(loaded.model.module), loaded.config.model)
     out_file.absolute().parent.mkdir(parents=True, exist_ok=True)
     with written_aside(out_file) as aside:
-        write(weights, aside, loaded.config.model)
+        aside.write_bytes(encode(weights, loaded.config.model))
     return out_file
 
 
-def _write_safetensors(
-    weights: Mapping[str, np.ndarray], path: Path, config_model: ConfigDict
-) -> None:
+# Both libraries can write files, but not say by the system's error why they could not.
+
+
+def _safetensors_bytes(weights: Mapping[str, np.ndarray], config_model: ConfigDict) -> bytes:
     del config_model  # the format has an order of its own
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
-    save_file(dict(weights), path)
+    return save(dict(weights))
 
 
-def _torch_writer() -> Callable[[Mapping[str, np.ndarray], Path, ConfigDict], None]:
+def _torch_encoder() -> Callable[[Mapping[str, np.ndarray], ConfigDict], bytes]:
     try:
         import torch
     except ModuleNotFoundError as error:
@@ -411,9 +407,11 @@ def _torch_writer() -> Callable[[Mapping[str, np.ndarray], Path, ConfigDict], No
 
     from weights_converter.torch_rvit import TorchRViT
 
-    def write(weights: Mapping[str, np.ndarray], path: Path, config_model: ConfigDict) -> None:
+    def encode(weights: Mapping[str, np.ndarray], config_model: ConfigDict) -> bytes:
         # In the module's own order, by which an optimizer numbers the parameters.
         names = TorchRViT(config_model).state_dict()
-        torch.save({name: torch.tensor(weights[name]) for name in names}, path)
+        file = io.BytesIO()
+        torch.save({name: torch.tensor(weights[name]) for name in names}, file)
+        return file.getvalue()
 
-    return write
+    return encode
