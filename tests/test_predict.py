@@ -173,6 +173,7 @@ def test_a_terminal_is_drawn_over(capsys, monkeypatch, checkpoint, folder):
         (("--input", "nosuch.mp4"), "nosuch.mp4"),
         (("--input", "{folder}/.."), "holds no images"),
         (("--input", "README.md"), "cannot be read as a video"),
+        (("--input", "docs/attention.jpg"), "cannot be read as a video: it is one image; expected"),
         (("--input", "camera:4321"), "absent"),
         (("--input", "{folder}", "--checkpoint", "nowhere"), "nowhere"),
         (("--input", "{folder}", "--save", "{tmp}/none/o.mp4"), "no folder"),
