@@ -383,6 +383,16 @@ def test_frames_become_squares_as_in_training(capsys, tmp_path, folder, pixels, 
     assert lines[-1]["probability"] == pytest.approx(probability, abs=1e-5)
 
 
+def test_a_picture_is_not_put_among_the_frames(capsys, checkpoint, folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "frames")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    film = folder / f"{min(before).partition('.')[0]}.mp4"  # its picture has a frame's name
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--input", folder, "--save", film)
+    assert status == 1
+    assert "would become a frame of the input, or replace one" in err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_an_input_under_another_name_is_not_written_over(
     capsys, checkpoint, tmp_path, pixels, monkeypatch
 ):
