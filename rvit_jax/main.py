@@ -94,9 +94,9 @@ def _define_process_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "distributed",
         None,
-        "Ask the cluster (SLURM, Open MPI, Kubernetes, TPU pods) for the coordinator and the number "
-        "and place of the processes. By default it is asked under srun and mpirun with several "
-        "tasks; --nodistributed: each task is a run.",
+        "Ask the cluster (SLURM, Open MPI, Kubernetes, TPU pods) for the coordinator, and for the "
+        "number and place of the processes. By default it is asked under srun and mpirun with "
+        "several tasks; --nodistributed: each task is a run.",
         flag_values=values,
     )
     flags.DEFINE_float(
