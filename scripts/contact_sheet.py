@@ -82,9 +82,8 @@ def _work(argv: list[str]) -> None:
     if output.is_dir():
         check_output_file(output)
     dataset = values.config.dataset
-    split = jester.read_split(
-        dataset.data_dir, values.split, tuple(dataset.classes), name=dataset.name
-    )
+    data_dir = Path(dataset.data_dir).expanduser()
+    split = jester.read_split(data_dir, values.split, tuple(dataset.classes), name=dataset.name)
     if split.labels is None:
         raise ArgumentError(f"the {values.split} split has no labels: name another with --split")
     output.parent.mkdir(parents=True, exist_ok=True)
