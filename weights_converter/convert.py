@@ -94,6 +94,11 @@ def to_flax(
     if prove:
         proof, why_not = _prove(found, timeout, say)
     config = _config(found, _decide(found, proof, tried=prove), names)
+    say(
+        f"clips: {config.dataset.num_frames} frames, every one of {config.dataset.frame_rate:g} a "
+        "second, as the reference reads Jester; a model of other clips is evaluated with "
+        "--config.dataset.num_frames=N --config.dataset.frame_stride=N"
+    )
     optimizer = _read_optimizer(found, epoch, config, say)
     _write(out_dir, found, config, names, proof, why_not, optimizer)
     say(f"written to {out_dir}: {'proven' if proof else f'NOT PROVEN ({why_not})'}")
