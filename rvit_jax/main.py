@@ -65,7 +65,10 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_list(
-        "ids", [], "Clips that --mode=visualize draws: 1,2; the first four.", flag_values=values
+        "ids",
+        [],
+        "Clips that --mode=visualize draws, such as 1,2; by default the first four.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "query",
