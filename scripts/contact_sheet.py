@@ -77,7 +77,7 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 def _work(argv: list[str]) -> None:
     values = parse_flags(argv)
     output = Path(values.output).expanduser()
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ArgumentError(f"--output={output}: its ending is no picture's; take .jpg or .png")
     if output.is_dir():
         check_output_file(output)

@@ -1,6 +1,7 @@
 """The contact sheet shows the right clip's frames in the right place."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from input_pipeline import jester
@@ -28,3 +29,10 @@ def test_data_in_the_home_folder(tmp_path, monkeypatch, capsys):
     assert main(["contact_sheet", *command, classes, f"--output={sheet}"]) == 0
     assert capsys.readouterr().out == f"{sheet}\n"
     assert sheet.exists()
+
+
+@pytest.mark.parametrize("name", ["sheet.psd", "sheet"])  # Pillow reads .psd and writes none
+def test_a_picture_that_cannot_be_written(tmp_path, capsys, name):
+    command = ["contact_sheet", "--config=configs/jester.py", f"--output={tmp_path / name}"]
+    assert main(command) == 2
+    assert "its ending is no picture's; take .jpg or .png" in capsys.readouterr().err
