@@ -804,6 +804,10 @@ def test_commands(tmp_path, capsys):
     assert "not empty" in fails("to_flax", file, tmp_path / "out")
     assert "exists" in fails("to_torch", tmp_path / "out", tmp_path / "b.pth")
     assert "no file" in fails("inspect", tmp_path / "none.pth")
+    assert "b.onnx: expected the ending .pth" in fails(
+        "to_torch", tmp_path / "out", tmp_path / "b.onnx"
+    )
+    assert not (tmp_path / "b.onnx").exists()
     assert "does not exist" in fails("to_torch", tmp_path / "none", tmp_path / "c.pth")
     assert "does not exist" in fails("verify", file, tmp_path / "none")
     with torch.no_grad():
