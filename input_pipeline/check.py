@@ -86,6 +86,8 @@ def check(
     seen: dict[str, tuple[str, str]] = {}  # content -> where it was first
     ids: dict[str, str] = {}
     for split in splits:
+        if config.dataset.name == "video_folder":  # paths in the split's own folder: 1.mp4, ...
+            ids.clear()
         try:
             listed, clip_ids, read = _open(config, split)
         except FileNotFoundError:
@@ -233,6 +235,8 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     values = define_flags(argv)
     parse(values, argv, __doc__)
     require(values, config="configs/jester.py")
+    if not values.splits:
+        raise ArgumentError(f"--splits is empty: say some of {','.join(jester.SPLITS)}")
     for split in values.splits:
         if split not in jester.SPLITS:
             raise ArgumentError(f"--splits: {split!r} is unknown{suggest(split, jester.SPLITS)}")

@@ -789,8 +789,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _command(argv: list[str]) -> None:
     options = _parse_arguments(argv[1:])
+    output = Path(options.output).expanduser()  # shells leave a ~ after a = alone
     generate(
-        options.output,
+        output,
         classes=options.classes,
         train=options.train,
         validation=options.validation,
@@ -798,9 +799,9 @@ def _command(argv: list[str]) -> None:
         seed=options.seed,
         num_workers=options.workers,
     )
-    counts = read_manifest(options.output)["num_clips"]
+    counts = read_manifest(output)["num_clips"]
     summary = ", ".join(f"{count} {split}" for split, count in counts.items())
-    print(f"{options.output}: {summary} clips")
+    print(f"{output}: {summary} clips")
 
 
 if __name__ == "__main__":

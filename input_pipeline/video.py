@@ -165,7 +165,11 @@ class VideoFile(Video):
                 f"file:{path}", container_options={"format_whitelist": CONTAINERS}
             )
         except (av.FFmpegError, OSError, ValueError) as error:
-            reason = "the file is empty" if path.stat().st_size == 0 else reason_of(error)
+            reason = reason_of(error)
+            if path.stat().st_size == 0:
+                reason = "the file is empty"
+            elif path.suffix.lower() in IMAGE_SUFFIXES:
+                reason = "it is one image"
             raise ValueError(
                 f"{path} cannot be read as a video: {reason}; expected a whole video file that "
                 "FFmpeg can decode, a folder of images, camera:N or -"

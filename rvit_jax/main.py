@@ -61,11 +61,14 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "split",
         "validation",
         ["train", "validation", "test"],
-        "Which clips they load.",
+        "Which clips --mode=evaluate and --mode=visualize read.",
         flag_values=values,
     )
     flags.DEFINE_list(
-        "ids", [], "Clips that --mode=visualize draws: 1,2; the first four.", flag_values=values
+        "ids",
+        [],
+        "Clips that --mode=visualize draws, such as 1,2; by default the first four.",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "query",
@@ -94,8 +97,9 @@ def _define_process_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "distributed",
         None,
-        "Ask the cluster for these three (SLURM, Open MPI, Kubernetes, TPU pods). By default it is "
-        "asked under srun and mpirun with several tasks; --nodistributed: each task is a run.",
+        "Ask the cluster (SLURM, Open MPI, Kubernetes, TPU pods) for the coordinator, and for the "
+        "number and place of the processes. By default it is asked under srun and mpirun with "
+        "several tasks; --nodistributed: each task is a run.",
         flag_values=values,
     )
     flags.DEFINE_float(

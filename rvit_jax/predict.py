@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from input_pipeline.video import Frame, RateSampler, Video, open_video
+from input_pipeline.video import IMAGE_SUFFIXES, Frame, RateSampler, Video, open_video
 
 if TYPE_CHECKING:  # imported where they are needed: a wrong argument is told at once
     from rvit_jax.annotate import Curves, Film
@@ -480,6 +480,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
         check_output_file(path)
         if any(path.exists() and name.exists() and path.samefile(name) for name in inputs):
             raise ValueError(f"{path} is an input, and would be replaced: name another file")
+        in_input = any(name.is_dir() and name.samefile(path.parent) for name in inputs)
+        if in_input and path.suffix.lower() in IMAGE_SUFFIXES:
+            raise ValueError(
+                f"{path} would become a frame of the input, or replace one: name a file outside of "
+                f"{path.parent}"
+            )
         if seen.setdefault(os.path.realpath(path), path) is not path:
             raise ValueError(f"{path} is to hold two things: name another file for one of them")
 

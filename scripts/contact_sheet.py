@@ -77,14 +77,13 @@ def parse_flags(argv: list[str]) -> flags.FlagValues:
 def _work(argv: list[str]) -> None:
     values = parse_flags(argv)
     output = Path(values.output).expanduser()
-    if output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ArgumentError(f"--output={output}: its ending is no picture's; take .jpg or .png")
     if output.is_dir():
         check_output_file(output)
     dataset = values.config.dataset
-    split = jester.read_split(
-        dataset.data_dir, values.split, tuple(dataset.classes), name=dataset.name
-    )
+    data_dir = Path(dataset.data_dir).expanduser()
+    split = jester.read_split(data_dir, values.split, tuple(dataset.classes), name=dataset.name)
     if split.labels is None:
         raise ArgumentError(f"the {values.split} split has no labels: name another with --split")
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Kills training runs at random moments and compares what they end in with a run left alone.
 
     NPROC=1 python scripts/kill_test.py [--kills=20] [--terms=5] [--workers=0] [--seed=0]
-                                        [--output=results/kill_test]
+                                        [--output=results/kill_test] [--debug]
 
 Draws a small set of gestures, trains a small model on it, and then
 (a) ends runs with SIGKILL at random moments, some while a checkpoint is being written, and starts
@@ -33,7 +33,7 @@ from typing import Any
 # For the processes that a run starts in turn: they get this path, not what is already imported.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import Parser, leave_at_once
+from input_pipeline.command_line import Parser, check_output_folder, leave_at_once
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -390,12 +390,15 @@ def _test(argv: list[str]) -> int:
     parser.add_argument("--terms", type=int, default=5, help="SIGTERMs of part (b)")
     parser.add_argument("--workers", type=int, default=0, help="processes that read data")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the bits")
-    parser.add_argument("--output", type=Path, default=Path("results/kill_test"))
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/kill_test"), help="where all of it is written"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv[1:])
+    check_output_folder(args.output, "--output")
     os.environ.setdefault("NPROC", "1")  # XLA's sums depend on the number of threads
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    folder = args.output.absolute()
+    folder = args.output.expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "cache"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -38,9 +38,11 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "data_dir", None, "Folder of TFDS data sets to write to.", flag_values=values
     )
-    flags.DEFINE_string("labels", "", "Folder of the CSV files; --source.", flag_values=values)
+    flags.DEFINE_string(
+        "labels", "", "Folder of the CSV files; by default --source.", flag_values=values
+    )
     flags.DEFINE_integer(
-        "limit", None, "Clips a split, the first of its CSV; all.", 1, flag_values=values
+        "limit", None, "Clips a split, the first of its CSV; by default all.", 1, flag_values=values
     )
     flags.DEFINE_list("classes", [], "Only clips of these classes.", flag_values=values)
     flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)

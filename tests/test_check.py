@@ -111,6 +111,7 @@ def test_long_lists_are_cut_on_the_terminal(root, capsys):
     ("arguments", "message"),
     [
         (["--splits=val"], "choose from train, validation, test"),
+        (["--splits="], "--splits is empty: say some of train,validation,test"),
         (["--config.dataset.nmae=x"], "nmae"),
         (["extra"], "is no flag"),
     ],
@@ -152,3 +153,20 @@ def test_missing_videos_are_listed(tmp_path, capsys):
     assert "train: 2 clips, 73 frames read" in out
     assert "validation_1.mp4 holds the same as clip train_1.mp4 of train" in out
     assert "test: not there" in err
+
+
+def test_films_of_one_name_in_two_splits_are_two_clips(tmp_path, capsys):
+    for index, (split, name) in enumerate(
+        (split, name) for split in ("train", "validation") for name in "ab"
+    ):
+        folder = tmp_path / split / name
+        folder.mkdir(parents=True)
+        write_film(folder / "1.mp4", 3 + index)
+    arguments = ("--config.dataset.name=video_folder", "--splits=train,validation")
+    status, out, _ = run(tmp_path, capsys, *arguments)
+    assert (status, "nothing is wrong" in out) == (0, True)
+    shutil.copy(tmp_path / "train/a/1.mp4", tmp_path / "validation/a/1.mp4")
+    status, out, _ = run(tmp_path, capsys, *arguments)
+    assert status == 1
+    assert "the clip a/1.mp4 holds the same as clip a/1.mp4 of train" in out
+    assert "1 problems: 1 x overlap" in out

@@ -787,7 +787,9 @@ def test_commands(tmp_path, capsys):
     assert main(["inspect", str(file)]) == 0
     assert "attention: linear" in capsys.readouterr().out
     assert main(["to_flax", str(file), str(tmp_path / "out")]) == 0
-    assert "NOT PROVEN" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "NOT PROVEN" in said
+    assert "frames, every one of 12 a second, as the reference reads Jester" in said
     assert main(["verify", str(file), str(tmp_path / "out")]) == 0
     assert "equal" in capsys.readouterr().out
     assert main(["to_torch", str(tmp_path / "out"), str(tmp_path / "b.pth")]) == 0
@@ -804,6 +806,10 @@ def test_commands(tmp_path, capsys):
     assert "not empty" in fails("to_flax", file, tmp_path / "out")
     assert "exists" in fails("to_torch", tmp_path / "out", tmp_path / "b.pth")
     assert "no file" in fails("inspect", tmp_path / "none.pth")
+    assert "b.onnx: expected the ending .pth" in fails(
+        "to_torch", tmp_path / "out", tmp_path / "b.onnx"
+    )
+    assert not (tmp_path / "b.onnx").exists()
     assert "does not exist" in fails("to_torch", tmp_path / "none", tmp_path / "c.pth")
     assert "does not exist" in fails("verify", file, tmp_path / "none")
     with torch.no_grad():

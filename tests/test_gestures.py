@@ -369,6 +369,16 @@ def test_a_damaged_manifest_is_named(tmp_path, text):
         gestures.read_manifest(tmp_path)
 
 
+def test_output_in_the_home_folder(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tiny.parent))
+    monkeypatch.chdir(tmp_path)  # where a folder called ~ would be made
+    classes = f"--classes={','.join(TINY['classes'])}"
+    command = [f"--output=~/{tiny.name}", classes, "--train=7", "--validation=2", "--test=0"]
+    assert gestures.main([*command, "--workers=1"]) == 0
+    assert capsys.readouterr().out == f"{tiny}: 7 train, 2 validation, 0 test clips\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_in_the_way(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "folder"):

@@ -68,6 +68,14 @@ def test_ctrl_c_leaves_no_run_behind(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
+def test_a_file_for_the_output_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert kill_test.main([f"--output={tmp_path / 'file'}"]) == 1
+    err = capsys.readouterr().err
+    assert "is a file, not a folder; choose another --output" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_many_moments_and_every_file(tmp_path, workers):

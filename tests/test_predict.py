@@ -173,6 +173,7 @@ def test_a_terminal_is_drawn_over(capsys, monkeypatch, checkpoint, folder):
         (("--input", "nosuch.mp4"), "nosuch.mp4"),
         (("--input", "{folder}/.."), "holds no images"),
         (("--input", "README.md"), "cannot be read as a video"),
+        (("--input", "docs/attention.jpg"), "cannot be read as a video: it is one image; expected"),
         (("--input", "camera:4321"), "absent"),
         (("--input", "{folder}", "--checkpoint", "nowhere"), "nowhere"),
         (("--input", "{folder}", "--save", "{tmp}/none/o.mp4"), "no folder"),
@@ -380,6 +381,16 @@ def test_frames_become_squares_as_in_training(capsys, tmp_path, folder, pixels, 
     logits = np.asarray(loaded.model(video[None])[0])[0]
     probability = np.exp(logits.max()) / np.exp(logits).sum()
     assert lines[-1]["probability"] == pytest.approx(probability, abs=1e-5)
+
+
+def test_a_picture_is_not_put_among_the_frames(capsys, checkpoint, folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "frames")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    film = folder / f"{min(before).partition('.')[0]}.mp4"  # its picture has a frame's name
+    status, _, err = run(capsys, "--checkpoint", checkpoint, "--input", folder, "--save", film)
+    assert status == 1
+    assert "would become a frame of the input, or replace one" in err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_an_input_under_another_name_is_not_written_over(

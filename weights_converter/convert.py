@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from weights_converter.prove import Proof
 
 Say = Callable[[str], None]
+TORCH_ENDINGS = (".pth", ".pt", ".bin", ".ckpt")  # of the files that PyTorch's users write
 MAX_EPOCH = 1000  # of the reference's training; a larger number in a name is none
 
 
@@ -95,6 +96,11 @@ def to_flax(
     if prove:
         proof, why_not = _prove(found, timeout, say)
     config = _config(found, _decide(found, proof, tried=prove), names)
+    say(
+        f"clips: {config.dataset.num_frames} frames, every one of {config.dataset.frame_rate:g} a "
+        "second, as the reference reads Jester; a model of other clips is evaluated with "
+        "--config.dataset.num_frames=N --config.dataset.frame_stride=N"
+    )
     optimizer = _read_optimizer(found, epoch, config, say)
     _write(out_dir, found, config, names, proof, why_not, optimizer)
     say(f"written to {out_dir}: {'proven' if proof else f'NOT PROVEN ({why_not})'}")
@@ -364,16 +370,22 @@ def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str
 
     Args:
         checkpoint: see `rvit_jax.load`.
-        out_file: `.safetensors`, or else what `torch.save` writes, which needs PyTorch.
+        out_file: `.safetensors`, or one of `TORCH_ENDINGS`: what `torch.save` writes, which needs
+            PyTorch.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: it cannot be read, or PyTorch is missing.
+        ValueError: it cannot be read, PyTorch is missing, or the file has another ending.
         OSError: the file exists, or cannot be written.
     """
     out_file = Path(out_file)
     if out_file.exists():
         raise OSError(f"{out_file} exists: name another file, or remove it")
+    if out_file.suffix not in (".safetensors", *TORCH_ENDINGS):
+        raise ValueError(
+            f"{out_file}: expected the ending {', '.join(TORCH_ENDINGS)} or .safetensors; ONNX and "
+            "other formats are written by python -m rvit_jax.export"
+        )
     encode = _safetensors_bytes if out_file.suffix == ".safetensors" else _torch_encoder()
     import rvit_jax
     from rvit_jax.files import written_aside
