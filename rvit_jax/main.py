@@ -205,6 +205,7 @@ def _dispatch(values: flags.FlagValues, query: tuple[int, int] | None) -> None:
     checkpoint = values.checkpoint or workdir
     if values.mode == "evaluate":
         record = evaluate.evaluate(config, workdir, values.split, checkpoint, overrides)
+        print(f"written to {workdir / 'evaluation'}; the page is report.html")
         evaluate.print_record(record)
         return
     from rvit_jax import visualize

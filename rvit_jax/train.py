@@ -210,7 +210,9 @@ def _check_labels(config: ConfigDict, data: "BatchIterator") -> None:
     if len(data.class_names) != config.model.num_classes:
         raise ValueError(
             f"{config.dataset.data_dir} has {len(data.class_names)} classes, but "
-            f"config.model.num_classes={config.model.num_classes}: make them agree"
+            f"config.model.num_classes={config.model.num_classes}: say "
+            f"--config.model.num_classes={len(data.class_names)}, or choose classes with "
+            "--config.dataset.classes"
         )
     if data.multi_label != (config.loss.name == "binary_cross_entropy"):
         what = "several labels per clip" if data.multi_label else "one label per clip"

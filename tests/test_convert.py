@@ -789,7 +789,12 @@ def test_commands(tmp_path, capsys):
     assert main(["to_flax", str(file), str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert "NOT PROVEN" in said
-    assert "frames, every one of 12 a second, as the reference reads Jester" in said
+    assert "clips: 36 frames, one in 1 of 12 a second, as the reference reads Jester" in said
+    as_trained = ["--num_frames=15", "--frame_stride=3"]
+    assert main(["to_flax", str(file), str(tmp_path / "slow"), *as_trained]) == 0
+    assert "clips: 15 frames, one in 3 of 12 a second\n" in capsys.readouterr().out
+    dataset = rvit_jax.load(tmp_path / "slow").config.dataset
+    assert (dataset.num_frames, dataset.frame_stride) == (15, 3)
     assert main(["verify", str(file), str(tmp_path / "out")]) == 0
     assert "equal" in capsys.readouterr().out
     assert main(["to_torch", str(tmp_path / "out"), str(tmp_path / "b.pth")]) == 0

@@ -86,6 +86,16 @@ def _parser() -> argparse.ArgumentParser:
         help="class names in index order, one a line; by default Jester's 27 as the reference "
         "numbers them",
     )
+    to_flax.add_argument(
+        "--num_frames",
+        type=_whole(1),
+        help="frames of the clips that it was trained with; by default the reference's 36",
+    )
+    to_flax.add_argument(
+        "--frame_stride",
+        type=_whole(1),
+        help="every how many frames of a video they take; by default 1",
+    )
 
     to_torch = commands.add_parser(
         "to_torch",
@@ -145,6 +155,8 @@ def _to_flax(args: argparse.Namespace) -> int:
         num_heads=args.num_heads,
         epoch=args.epoch,
         class_names=class_names,
+        num_frames=args.num_frames,
+        frame_stride=args.frame_stride,
         timeout=args.timeout,
         say=functools.partial(print, flush=True),
     )

@@ -59,6 +59,8 @@ def to_flax(
     num_heads: int | None = None,
     epoch: int | None = None,
     class_names: Sequence[str] | None = None,
+    num_frames: int | None = None,
+    frame_stride: int | None = None,
     timeout: float = 120.0,
     say: Say = print,
 ) -> Converted:
@@ -73,6 +75,9 @@ def to_flax(
         epoch: that a training checkpoint was saved after, counted from 0, where neither it nor
             its name `..._EPOCH.pth` tells.
         class_names: in index order; by default Jester's 27 in the reference's order.
+        num_frames: T of the clips that it was trained with; by default the reference's, or what
+            a traced file holds.
+        frame_stride: every how many frames of a video they take; by default 1.
         timeout: of each run of the file, in seconds.
         say: takes each line of the report.
 
@@ -96,10 +101,14 @@ def to_flax(
     if prove:
         proof, why_not = _prove(found, timeout, say)
     config = _config(found, _decide(found, proof, tried=prove), names)
+    dataset = config.dataset
+    dataset.num_frames = num_frames or dataset.num_frames
+    dataset.frame_stride = frame_stride or dataset.frame_stride
+    asked = num_frames is not None or frame_stride is not None
     say(
-        f"clips: {config.dataset.num_frames} frames, every one of {config.dataset.frame_rate:g} a "
-        "second, as the reference reads Jester; a model of other clips is evaluated with "
-        "--config.dataset.num_frames=N --config.dataset.frame_stride=N"
+        f"clips: {dataset.num_frames} frames, one in {dataset.frame_stride} of "
+        f"{dataset.frame_rate:g} a second"
+        + ("" if asked else ", as the reference reads Jester; for others see --num_frames")
     )
     optimizer = _read_optimizer(found, epoch, config, say)
     _write(out_dir, found, config, names, proof, why_not, optimizer)
