@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -521,7 +522,7 @@ def test_what_cannot_run_here_is_converted_and_says_so(tmp_path, monkeypatch):
     said = []
     converted = convert.to_flax(file, tmp_path / "out", prove=True, say=said.append)
     assert converted.proof is None
-    assert "CUDA" in converted.why_not_proven or "cuda" in converted.why_not_proven
+    assert re.search("cuda|nvidia", converted.why_not_proven, re.I)  # by PyTorch's build
     assert any("NOT PROVEN" in line for line in said)
 
 

@@ -99,7 +99,7 @@ def test_only_test_may_come_without_labels(tmp_path):
         (["1;Thumb Up;x"], ":1: expected 'id;label', got '1;Thumb Up;x'"),
         ([";Thumb Up"], ":1: expected 'id;label', got ';Thumb Up'"),
         (["1;Thump Up"], ":1: unknown label 'Thump Up'; did you mean 'Thumb Up'"),
-        (["1;xyz"], ":1: unknown label 'xyz'; known: Swiping Left, "),
+        (["1;xyz"], ":1: unknown label 'xyz'; choose from Swiping Left, "),
         (["1;Thumb Up", "", "1;Thumb Up"], ":3: the id '1' stands in line 1 already"),
         (["1;Thumb Up", "2;Thumb Up", "1;Thumb Down"], ":3: the id '1' stands in line 1 already"),
         ([], "is empty; expected lines 'id;label'"),
