@@ -393,7 +393,8 @@ def check_output_folder(folder: Path, what: str) -> None:
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return
-    reason = "may not be written" if existing.is_dir() else "is a file, not a folder"
+    kind = "a file, not a folder" if existing.exists() else "a link to what is not there"
+    reason = "may not be written" if existing.is_dir() else f"is {kind}"
     raise OSError(f"{what}={folder} cannot be used: {existing} {reason}; choose another {what}")
 
 

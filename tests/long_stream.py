@@ -78,9 +78,7 @@ def measure(num_clips: int, num_parts: int, out: str, keep: bool) -> dict[str, f
         "clips": made.info.splits["train"].num_examples,
         "seconds": round(time.monotonic() - start, 1),
         "start_mib": start_mib,
-        "peak_mib": memory_mib(
-            "VmHWM"
-        ),  # ru_maxrss would be that of the process that began this one
+        "peak_mib": memory_mib("VmHWM"),  # ru_maxrss may be of what began this process
         "tensorflow": "tensorflow" in sys.modules,
     }
 

@@ -437,6 +437,12 @@ def test_a_wrong_argument_imports_no_library():
     assert done.returncode == 20, done.stderr
 
 
+def test_a_link_that_leads_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match=r"/link is a link to what is not there; choose another --o$"):
+        command_line.check_output_folder(tmp_path / "link", "--o")
+
+
 def test_suggestions():
     assert command_line.suggest("lineer", ["linear", "softmax"]) == "; did you mean 'linear'?"
     assert command_line.suggest("x", ["linear", "softmax"]) == "; choose from linear, softmax"
