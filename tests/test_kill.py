@@ -57,7 +57,8 @@ def test_ctrl_c_leaves_no_run_behind(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(kill_test.Lab, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # it sets them where they are not
-    before = signal.getsignal(signal.SIGINT)
+    # Not ignored, as it is in tests that a shell started in the background.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command_line.leave_at_once()
     try:
         assert kill_test.main([f"--output={tmp_path}"]) == 130
