@@ -10,7 +10,7 @@ arguments; 128 + n after signal n.
 
 from __future__ import annotations
 
-from input_pipeline.command_line import leave_at_once, require
+from input_pipeline.command_line import leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -18,7 +18,6 @@ if __name__ == "__main__":
 import collections
 import dataclasses
 import hashlib
-import json
 import os
 import shlex
 import sys
@@ -27,12 +26,13 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 import input_pipeline
 from input_pipeline import jester
 from input_pipeline.command_line import ArgumentError, check_output_file, parse, run, suggest
 from input_pipeline.cpus import in_threads
+from input_pipeline.files import write_json
 from input_pipeline.source import Source, VideoInfo
 
 FRAMES_AT_ONCE = 64  # of a film, in each thread
@@ -220,13 +220,9 @@ def _read_folder(folder: Path) -> _Reading:
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file of the data.", flag_values=values, sys_argv=argv
-    )
+    values = own_flags(argv, "Config file of the data.")
     flags.DEFINE_list("splits", list(jester.SPLITS), "What to read.", flag_values=values)
     flags.DEFINE_string("output", None, "A JSON file for all that is wrong.", flag_values=values)
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 
@@ -265,10 +261,8 @@ def _check(argv: list[str]) -> int:
     problems, counts = check(values.config, values.splits, progress=True)
     _report(problems, counts)
     if output is not None:
-        aside = output.with_name(f".tmp.{output.name}")
         listed = [dataclasses.asdict(problem) for problem in problems]
-        aside.write_text(json.dumps({"read": counts, "problems": listed}, indent=2) + "\n")
-        os.replace(aside, output)
+        write_json(output, {"read": counts, "problems": listed})
     return 1 if problems else 0
 
 

@@ -107,13 +107,38 @@ def one_line(text: str, most: int) -> str:
 
 # ---- flags of absl ----
 
+flags.disclaim_key_flags()  # `--help` lists a flag under the command, not under this module
+
+
+def own_flags(
+    argv: list[str] | None = None,
+    config: str = "Config file, and a variant after a colon.",
+    debug: str = "Show tracebacks.",
+) -> flags.FlagValues:
+    """A command's own set of flags: not absl's one for the process, tests run several commands.
+
+    Args:
+        argv: of a command with `--config`: tells which of the config's keys are set.
+        config: what `--help` says of `--config`.
+        debug: what it says of `--debug`.
+
+    Returns:
+        The set, with `--debug` and, where `argv` is given, `--config` and `--config.KEY`.
+    """
+    values = flags.FlagValues()
+    if argv is not None:
+        from ml_collections import config_flags
+
+        config_flags.DEFINE_config_file("config", None, config, flag_values=values, sys_argv=argv)
+    flags.DEFINE_bool("debug", False, debug, flag_values=values)
+    return values
+
 
 def parse(values: flags.FlagValues, argv: list[str], about: str) -> None:
     """Parses `argv`, the command's name first, into `values`; `--help` prints and leaves.
 
     Args:
-        values: the command's own flags, defined beforehand. Not absl's one set for the process:
-            tests run several commands in one.
+        values: the command's flags, defined beforehand in its `own_flags`.
         argv: as `sys.argv`.
         about: what `--help` prints before the flags.
 

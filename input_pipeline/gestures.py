@@ -555,7 +555,10 @@ def _write_annotations(output: Path, manifest: dict, plan: list[_Drawing]) -> No
 
 
 def _write_aside(path: Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all."""
+    """Writes a small file so that it is there whole or not at all.
+
+    Not `files.written_aside`: its error is worded already, and `generate` words its own.
+    """
     aside = path.with_name(f".{path.name}.tmp")
     aside.write_text(text)
     aside.rename(path)

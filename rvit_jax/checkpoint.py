@@ -37,10 +37,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from configs import base
 from input_pipeline.command_line import check_output_folder, leaf_keys
+from input_pipeline.files import exclusively, flush, flush_tree, folder_written_aside, write_json
 from input_pipeline.transforms import pack_channel_planes, resize_array
 from rvit_jax import precision, seal
 from rvit_jax.config import lookup
-from rvit_jax.files import exclusively, flush, flush_tree, folder_written_aside, write_json
 from rvit_jax.layers import in_float32
 from rvit_jax.model import CompiledRViT, normalise
 from rvit_jax.seal import DamagedError

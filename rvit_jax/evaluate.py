@@ -24,9 +24,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
+from input_pipeline import files
 from input_pipeline.command_line import suggest
 from input_pipeline.source import few
-from rvit_jax import anytime, checkpoint, distributed, files, losses, sharding, steps
+from rvit_jax import anytime, checkpoint, distributed, losses, sharding, steps
 from rvit_jax.metrics import ClassificationMetrics, MultiLabelMetrics
 
 if TYPE_CHECKING:

@@ -48,7 +48,7 @@ orbax-checkpoint than training; it needs nothing of that:
     pip install onnx onnx-ir onnxruntime && pip install --no-deps jax2onnx
 """
 
-from input_pipeline.command_line import check_output_folder, leave_at_once, require
+from input_pipeline.command_line import check_output_folder, leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -75,10 +75,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from input_pipeline.files import folder_written_aside, write_json, written_aside
 from rvit_jax import run_export
 from rvit_jax.checkpoint import LoadedModel, describe_model, load
 from rvit_jax.command import ArgumentError, parse, run, start
-from rvit_jax.files import folder_written_aside, write_json, written_aside
 from rvit_jax.model import CompiledRViT, normalise
 
 FORMAT = 1  # of export.json
@@ -504,7 +504,7 @@ def _run_fresh(folder: Path, form: str, cases: Path, platform: str) -> dict[str,
 
 def define_flags() -> flags.FlagValues:
     """The command's flags."""
-    values = flags.FlagValues()
+    values = own_flags()
     flags.DEFINE_string(
         "checkpoint",
         None,
@@ -529,7 +529,6 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_bool(
         "overwrite", False, "Replace an earlier export in --output.", flag_values=values
     )
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

@@ -20,7 +20,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from rvit_jax.files import written_aside
+from input_pipeline.files import written_aside
 
 MOST_NAMES = 60  # classes whose names are written beside a confusion matrix
 FEW_CLIPS = 10  # of a bin: its accuracy is little more than chance

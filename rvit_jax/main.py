@@ -8,7 +8,7 @@ Several processes train or evaluate one model: the same command for each, with
 by themselves. The workdir is one folder that all of them see. A signal to one stops them all.
 """
 
-from input_pipeline.command_line import leave_at_once, require
+from input_pipeline.command_line import leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -28,14 +28,11 @@ MODES = ("train", "evaluate", "visualize")
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
+    values = own_flags(
+        argv,
         "Config file, and a variant after a colon: configs/gestures.py, configs/jester.py:v2. Any "
         "key is set with --config.KEY=VALUE; configs/base.py lists them.",
-        flag_values=values,
-        sys_argv=argv,
+        debug="Show tracebacks and the libraries' log.",
     )
     flags.DEFINE_enum(
         "mode",
@@ -77,7 +74,6 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "class token's.",
         flag_values=values,
     )
-    flags.DEFINE_bool("debug", False, "Show tracebacks and the libraries' log.", flag_values=values)
     _define_process_flags(values)
     return values
 

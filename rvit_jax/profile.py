@@ -26,7 +26,7 @@ alike. The parts need not add up: the compiler joins some of them, and every pro
 So the sum is printed beside the whole, and neither is scaled to fit the other.
 """
 
-from input_pipeline.command_line import leave_at_once
+from input_pipeline.command_line import leave_at_once, own_flags
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -44,7 +44,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
-from ml_collections import config_flags
 
 from configs import base
 from rvit_jax import precision
@@ -415,14 +414,10 @@ def _bytes(number: int | float) -> str:
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
+    values = own_flags(
+        argv,
         "Config file, and a variant after a colon: configs/jester.py:v2. Any key of the model is "
         "set with --config.model.KEY=VALUE; configs/base.py lists them.",
-        flag_values=values,
-        sys_argv=argv,
     )
     flags.DEFINE_string(
         "checkpoint",
@@ -443,7 +438,6 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_bool("json", False, "Print one JSON document.", flag_values=values)
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from absl import logging
 
-from rvit_jax.files import cannot_be_written, flush, written_aside
+from input_pipeline.files import cannot_be_written, flush, written_aside
 
 
 class Records:

@@ -26,8 +26,8 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from PIL import Image
 
+from input_pipeline.files import written_aside
 from rvit_jax import figures
-from rvit_jax.files import written_aside
 from rvit_jax.version import __version__
 
 if TYPE_CHECKING:

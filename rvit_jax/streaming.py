@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rvit_jax.files import written_aside
+from input_pipeline.files import written_aside
 from rvit_jax.model import CompiledRViT, RViT
 
 STATE_FORMAT = 1

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import check_output_file, leave_at_once, require
+from input_pipeline.command_line import check_output_file, leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -30,12 +30,12 @@ from ml_collections import ConfigDict, config_flags
 
 import input_pipeline
 from configs import base
-from input_pipeline import gestures
+from input_pipeline import gestures, jester
+from input_pipeline.files import write_json
 from rvit_jax import checkpoint, visualize
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config
 from rvit_jax.evaluate import use_checkpoint_config
-from rvit_jax.files import write_json
 
 SHOWN = 0.03  # of a picture: with less of arm and hand in it, a frame shows none
 
@@ -145,22 +145,16 @@ def table(summary: dict[str, Any]) -> str:
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file of the data, and a variant.",
-        flag_values=values,
-        sys_argv=argv,
-    )
+    values = own_flags(argv, "Config file of the data, and a variant.")
     for name, default, what in (
         ("checkpoint", None, "Workdir or checkpoint folder."),
-        ("split", "test", "Split that the clips come from."),
         ("output", None, "JSON file to write all of it to, each head included."),
     ):
         flags.DEFINE_string(name, default, what, flag_values=values)
+    flags.DEFINE_enum(
+        "split", "test", jester.SPLITS, "Split that the clips come from.", flag_values=values
+    )
     flags.DEFINE_integer("clips", 64, "Clips to look at.", 1, flag_values=values)
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

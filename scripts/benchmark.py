@@ -47,7 +47,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.append(str(Path(__file__).resolve().parent))  # this script's other parts
 
-from input_pipeline.command_line import check_output_folder, leave_at_once, suggest
+from input_pipeline.command_line import check_output_folder, leave_at_once, own_flags, suggest
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -60,13 +60,13 @@ from benchmark_loader import measure_loader
 from benchmark_report import plot, table
 from benchmark_sections import SECTIONS as MODEL_SECTIONS
 from benchmark_sections import configure, note
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from configs import base
 from input_pipeline.cpus import num_cpus
+from input_pipeline.files import write_json
 from rvit_jax.command import ArgumentError, Stopped, parse, run, start
 from rvit_jax.config import check_config
-from rvit_jax.files import write_json
 
 SECTIONS = {**MODEL_SECTIONS, "loader": measure_loader}
 DEFAULT_CONFIG = "configs/jester.py"
@@ -161,13 +161,8 @@ def parse_choices(text: Sequence[str], choices: Iterable[str], flag: str) -> tup
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        f"Config file, and a variant after a colon; default: {DEFAULT_CONFIG}.",
-        flag_values=values,
-        sys_argv=argv,
+    values = own_flags(
+        argv, f"Config file, and a variant after a colon; default: {DEFAULT_CONFIG}."
     )
     flags.DEFINE_list(
         "what", list(SECTIONS), f"Sections, out of {', '.join(SECTIONS)}.", flag_values=values

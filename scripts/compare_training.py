@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import leaf_keys, leave_at_once, require, suggest
+from input_pipeline.command_line import leaf_keys, leave_at_once, own_flags, require, suggest
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -38,16 +38,16 @@ import optax
 import torch
 from absl import flags
 from flax import nnx
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
 from configs import base
+from input_pipeline.files import write_json
 from rvit_jax import RViT, evaluate, losses, optimizer, precision, steps
 from rvit_jax.checkpoint import check_writable
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import LEVELS, check_config, lookup
-from rvit_jax.files import write_json
 from weights_converter import mapping
 from weights_converter.run_archive import for_torch
 from weights_converter.torch_rvit import TorchRViT
@@ -395,14 +395,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, and a variant after a colon",
-        flag_values=values,
-        sys_argv=argv,
-    )
+    values = own_flags(argv)
     flags.DEFINE_integer(
         "seeds",
         3,
@@ -422,7 +415,6 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
         "Where the results are kept.",
         flag_values=values,
     )
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

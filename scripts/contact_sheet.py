@@ -8,14 +8,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import check_output_file, leave_at_once, require
+from input_pipeline.command_line import check_output_file, leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
 
 import numpy as np
 from absl import flags
-from ml_collections import config_flags
 from PIL import Image, ImageDraw
 
 from input_pipeline import jester
@@ -44,14 +43,7 @@ def draw_sheet(split: jester.Split, num_frames: int, side: int) -> Image.Image:
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file, and a variant after a colon",
-        flag_values=values,
-        sys_argv=argv,
-    )
+    values = own_flags(argv)
     flags.DEFINE_string(
         "output", None, "Picture to write; its ending gives the format.", flag_values=values
     )
@@ -62,7 +54,6 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_integer(
         "side", 72, "Width and height of each frame, in pixels.", 16, flag_values=values
     )
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import leave_at_once, require
+from input_pipeline.command_line import leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
@@ -33,7 +33,7 @@ from rvit_jax.command import parse, run, start
 
 def define_flags() -> flags.FlagValues:
     """The command's flags."""
-    values = flags.FlagValues()
+    values = own_flags()
     flags.DEFINE_string("source", None, "Folder of the parts, or the clips.", flag_values=values)
     flags.DEFINE_string(
         "data_dir", None, "Folder of TFDS data sets to write to.", flag_values=values
@@ -45,7 +45,6 @@ def define_flags() -> flags.FlagValues:
         "limit", None, "Clips a split, the first of its CSV; by default all.", 1, flag_values=values
     )
     flags.DEFINE_list("classes", [], "Only clips of these classes.", flag_values=values)
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

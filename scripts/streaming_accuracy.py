@@ -18,22 +18,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from input_pipeline.command_line import check_output_file, leave_at_once, require
+from input_pipeline.command_line import check_output_file, leave_at_once, own_flags, require
 
 if __name__ == "__main__":
     leave_at_once()  # the imports below take seconds
 
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import input_pipeline
 import rvit_jax
 from configs import base
+from input_pipeline import jester
+from input_pipeline.files import write_json
 from rvit_jax.command import ArgumentError, parse, run, start
 from rvit_jax.config import check_config
-from rvit_jax.files import write_json
 from rvit_jax.streaming import Streams
 
 IDLE_STREAMS = 8  # their ends differ by a part of the window; clips are spread over them
@@ -197,26 +198,20 @@ def table(summary: dict[str, Any]) -> str:
 
 def define_flags(argv: list[str]) -> flags.FlagValues:
     """The command's flags; `argv` tells which config keys are set."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "Config file of the data, and a variant.",
-        flag_values=values,
-        sys_argv=argv,
-    )
+    values = own_flags(argv, "Config file of the data, and a variant.")
     for name, default, what in (
         ("checkpoint", None, "Workdir, checkpoint folder or converted model."),
-        ("split", "test", "Split that the clips come from."),
         ("idle_class", "No gesture", "Class of what comes before each clip."),
         ("output", None, "JSON file to write the table to."),
     ):
         flags.DEFINE_string(name, default, what, flag_values=values)
+    flags.DEFINE_enum(
+        "split", "test", jester.SPLITS, "Split that the clips come from.", flag_values=values
+    )
     flags.DEFINE_integer(
         "idle_frames", 3000, "Frames of video before each clip.", 0, flag_values=values
     )
     flags.DEFINE_integer("clips", 1024, "Clips to answer.", 1, flag_values=values)
-    flags.DEFINE_bool("debug", False, "Show tracebacks.", flag_values=values)
     return values
 
 

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 import rvit_jax
 from configs import base
+from input_pipeline.files import write_json
 from rvit_jax.checkpoint import describe_model
-from rvit_jax.files import write_json
 
 
 def small_config(**model) -> ConfigDict:

@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 import rvit_jax
+from input_pipeline.files import write_json
 from rvit_jax import export, run_export
 from rvit_jax.checkpoint import describe_model
-from rvit_jax.files import write_json
 from rvit_jax.model import CompiledRViT, normalise
 from tests.small import small_config, small_model
 

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import rvit_jax
-from input_pipeline import get_dataset, loader, watch
-from rvit_jax import checkpoint, files, optimizer, seal, steps, stopping
+from input_pipeline import files, get_dataset, loader, watch
+from rvit_jax import checkpoint, optimizer, seal, steps, stopping
 from rvit_jax.records import Records
 from scripts.kill_test import warnings_of_absl
 from tests.faulty import EndsItsProcess, flip, largest
@@ -322,7 +322,8 @@ class TestOneRunAtATime:
 
     def test_a_killed_holder_lets_go_and_its_children_do_not_hold(self, tmp_path):
         code = (
-            "import subprocess, sys, time\nfrom pathlib import Path\nfrom rvit_jax import files\n"
+            "import subprocess, sys, time\nfrom pathlib import Path\n"
+            "from input_pipeline import files\n"
             f"with files.exclusively(Path({str(tmp_path)!r}), 'is in use'):\n"
             "    child = subprocess.Popen(['sleep', '60'])\n"
             "    print(child.pid, flush=True)\n    time.sleep(60)\n"

@@ -397,7 +397,7 @@ def to_torch(checkpoint: str | os.PathLike[str], out_file: str | os.PathLike[str
         )
     encode = _safetensors_bytes if out_file.suffix == ".safetensors" else _torch_encoder()
     import rvit_jax
-    from rvit_jax.files import written_aside
+    from input_pipeline.files import written_aside
 
     loaded = rvit_jax.load(checkpoint)
     weights = mapping.to_torch(mapping.flatten(loaded.model.module), loaded.config.model)
