@@ -407,15 +407,16 @@ def check_output_file(path: Path) -> None:
         raise PermissionError(f"{path} cannot be written: {folder} may not be written")
 
 
-def check_output_folder(folder: Path, what: str) -> None:
+def check_output_folder(folder: Path, what: str, inside: str = "") -> None:
     """Raises OSError unless a folder can be made or written; makes nothing itself.
 
     Args:
         folder: that shall be written to.
         what: the flag that names another.
+        inside: the folder in it that is meant.
     """
-    folder = folder.expanduser()
-    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    written = folder.expanduser() / inside
+    existing = next(p for p in (written, *written.absolute().parents) if os.path.lexists(p))
     if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return
     kind = "a file, not a folder" if existing.exists() else "a link to what is not there"

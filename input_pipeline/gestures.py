@@ -699,8 +699,8 @@ def _is_finished(output: Path, wanted: dict) -> bool:
         foreign = sorted({path.name for path in output.iterdir()} - {f".{_UNFINISHED}.tmp"})
         if foreign:
             raise ValueError(
-                f"{output} holds {foreign[0]!r} and is no folder of gestures; "
-                "name a folder that is empty or does not exist"
+                f"{output} holds {foreign[0]!r} and is no folder of gestures; name a folder that "
+                "is empty or does not exist (--output, or --config.dataset.data_dir)"
             )
         return False
     there = _read_json(output / (_MANIFEST if finished else _UNFINISHED))

@@ -70,6 +70,12 @@ def shortened(
     return f"{text.rstrip()}..."
 
 
+def check_film(path: Path) -> None:
+    """Raises ValueError for another ending than those of `FILM_SUFFIXES`."""
+    if path.suffix.lower() not in FILM_SUFFIXES:
+        raise ValueError(f"{path}: films are written with the ending {', '.join(FILM_SUFFIXES)}")
+
+
 class Film:
     """An H.264 film, written aside and renamed when it is closed.
 
@@ -79,17 +85,14 @@ class Film:
 
     Raises:
         OSError: the file cannot be written.
-        ValueError: another ending than those of `FILM_SUFFIXES`.
+        ValueError: as `check_film`.
     """
 
     def __init__(self, path: Path, frame_rate: float):
         import av
 
         self.path = Path(path).expanduser()
-        if self.path.suffix.lower() not in FILM_SUFFIXES:
-            raise ValueError(
-                f"{self.path}: films are written with the ending {', '.join(FILM_SUFFIXES)}"
-            )
+        check_film(self.path)
         self.aside = self.path.with_name(f".tmp.{self.path.name}")
         self._open = True
         with self._named_errors():

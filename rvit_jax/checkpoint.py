@@ -110,9 +110,9 @@ def write_model(folder: Path, arrays: Mapping[str, Any], description: dict[str, 
         raise OSError(f"{folder} cannot be written: {reason}") from error
 
 
-def check_writable(workdir: Path) -> None:
-    """Raises OSError unless `workdir` can be made or written; makes nothing itself."""
-    check_output_folder(Path(workdir), "--workdir")
+def check_writable(workdir: Path, inside: str = "") -> None:
+    """Raises OSError unless `workdir`, or a folder in it, can be made or written; makes none."""
+    check_output_folder(Path(workdir), "--workdir", inside)
 
 
 def describe_model(config: ConfigDict, class_names: Sequence[str]) -> dict[str, Any]:

@@ -341,7 +341,7 @@ def evaluate(
     """
     from rvit_jax import report
 
-    checkpoint.check_writable(Path(workdir) / "evaluation")
+    checkpoint.check_writable(workdir, "evaluation")
     loaded = checkpoint.load(checkpoint_path)
     config = use_checkpoint_config(config, loaded.config, overrides)
     layout = sharding.make_layout(config)

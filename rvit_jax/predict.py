@@ -470,6 +470,8 @@ def _is_endless(name: str) -> bool:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Raises OSError or ValueError where a file cannot be put: better now than after an hour."""
+    from rvit_jax.annotate import check_film
+
     outputs = [] if args.state is None else [args.state]
     if args.save is not None:
         films = [_numbered(args.save, index, len(args.input)) for index in range(len(args.input))]
@@ -488,6 +490,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
             )
         if seen.setdefault(os.path.realpath(path), path) is not path:
             raise ValueError(f"{path} is to hold two things: name another file for one of them")
+    if args.save is not None:
+        check_film(args.save)
 
 
 def _numbered(path: Path, index: int, count: int) -> Path:

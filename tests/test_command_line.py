@@ -183,6 +183,12 @@ def test_from_another_folder(capsys, no_work, tmp_path, monkeypatch):
             "draw",
         ),
         (streaming_accuracy.main, [GESTURES], 2, "--checkpoint is missing"),
+        (
+            streaming_accuracy.main,
+            [GESTURES, "--checkpoint=x", "--split=tset"],
+            2,
+            "--split=tset is unknown; did you mean 'test'?",
+        ),
         (streaming_accuracy.main, [GESTURES, "--checkpoint=x", "--output=tests"], 1, "is a folder"),
         (streaming_accuracy.main, [GESTURES, "--checkpoint=x", "--clips=0"], 2, "number from 1"),
         (attention_on_hand.main, [GESTURES], 2, "--checkpoint is missing"),

@@ -177,7 +177,7 @@ def test_a_terminal_is_drawn_over(capsys, monkeypatch, checkpoint, folder):
         (("--input", "camera:4321"), "absent"),
         (("--input", "{folder}", "--checkpoint", "nowhere"), "nowhere"),
         (("--input", "{folder}", "--save", "{tmp}/none/o.mp4"), "no folder"),
-        (("--input", "{folder}", "--save", "{tmp}/o.txt"), "o.txt"),
+        (("--input", "x.mp4", "--save", "{tmp}/o.txt"), "o.txt: films"),  # before it is looked for
         (("--input", "{folder}", "--save", "{folder}"), "folder"),
         (("--input", "{folder}", "--state", "{tmp}/none/s"), "no folder"),
     ],

@@ -509,3 +509,10 @@ class TestCommandLine:
             OSError, match=r"file is a file, not a folder; choose another --workdir"
         ):
             train.train_and_evaluate(tiny_run(data_dir), tmp_path / "file" / "run")
+
+    def test_a_file_where_the_evaluation_goes(self, finished, data_dir, tmp_path):
+        (tmp_path / "evaluation").write_text("")
+        with pytest.raises(
+            OSError, match=rf"--workdir={tmp_path} cannot be used: .*/evaluation is a file"
+        ):
+            evaluate.evaluate(tiny_run(data_dir), tmp_path, "validation", finished)
