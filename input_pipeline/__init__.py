@@ -7,6 +7,7 @@ nothing: Grain is imported by the first call.
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,22 @@ def _provide_gestures(config: ConfigDict, data_dir: str, process_index: int) -> 
     _warn_of_other_gestures(config, drawn, gestures.VERSION)
 
 
+def how_to_draw(config: ConfigDict) -> str:
+    """What a command that draws none says where the gestures of a config are not there."""
+    from input_pipeline import gestures, jester  # gestures brings OpenCV
+
+    dataset = config.dataset
+    chosen = {(): "all", jester.CLASS_NAMES: "all", gestures.TIME_CLASSES: "time"}
+    classes = chosen.get(tuple(dataset.classes), ",".join(dataset.classes))
+    command = [f"--output={dataset.data_dir}", f"--classes={classes}"]
+    command += [f"--{key}={dataset.generate[key]}" for key in (*jester.SPLITS, "seed")]
+    return (
+        f"dataset.data_dir: there is no folder {dataset.data_dir}; the gestures are drawn when "
+        "training begins, or now: python -m input_pipeline.gestures "
+        f"{' '.join(map(shlex.quote, command))}"
+    )
+
+
 def _warn_of_other_gestures(config: ConfigDict, drawn: dict[str, Any], version: int) -> None:
     """Says where a set that lies there is not the one that the config would draw."""
     wanted = config.dataset.generate
@@ -157,6 +174,9 @@ def _warn_of_other_gestures(config: ConfigDict, drawn: dict[str, Any], version: 
         differing.append(f"version {drawn['version']} of the drawing (now {version})")
     if drawn["seed"] != wanted.seed:
         differing.append(f"seed {drawn['seed']} (the config's: {wanted.seed})")
+    num_classes = len(config.dataset.classes)
+    if num_classes and num_classes < len(drawn["classes"]):
+        differing.append(f"{len(drawn['classes'])} classes (the config's: {num_classes} of them)")
     for split, count in drawn["num_clips"].items():
         if count != wanted[split]:
             differing.append(f"{count} {split} clips (the config's: {wanted[split]})")

@@ -19,7 +19,6 @@ import collections
 import dataclasses
 import hashlib
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -131,7 +130,7 @@ def _open(
     if config.dataset.name in ("jester", "gestures"):
         data_dir = os.path.expanduser(config.dataset.data_dir)
         if config.dataset.name == "gestures" and not os.path.isdir(data_dir):
-            raise FileNotFoundError(_how_to_draw(config))
+            raise FileNotFoundError(input_pipeline.how_to_draw(config))
         survey = jester.survey_split(data_dir, split)
         folders = [survey.frames_dir / clip_id for clip_id in survey.ids]
         listed = [("list", message) for message in survey.problems]
@@ -148,22 +147,6 @@ def _open(
         what = f"{source.num_missing} clips of the CSV were left out when the set was prepared"
         listed = [("missing", f"{what}: see its report")] if source.num_missing else []
     return listed, source.ids, lambda index: _read_clip(source, index)
-
-
-def _how_to_draw(config: ConfigDict) -> str:
-    """What to say where the gestures of a config are not there; the check itself draws none."""
-    from input_pipeline import gestures  # brings OpenCV
-
-    dataset = config.dataset
-    chosen = {(): "all", jester.CLASS_NAMES: "all", gestures.TIME_CLASSES: "time"}
-    classes = chosen.get(tuple(dataset.classes), ",".join(dataset.classes))
-    command = [f"--output={dataset.data_dir}", f"--classes={classes}"]
-    command += [f"--{key}={dataset.generate[key]}" for key in (*jester.SPLITS, "seed")]
-    return (
-        f"dataset.data_dir: there is no folder {dataset.data_dir}; the gestures are drawn when "
-        "training begins, or now: python -m input_pipeline.gestures "
-        f"{' '.join(map(shlex.quote, command))}"
-    )
 
 
 def _read_clip(source: Source, index: int) -> _Reading:

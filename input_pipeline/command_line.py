@@ -187,11 +187,11 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
         keys = leaf_keys(values["config"].value)
         for key in keys:
             names.setdefault(key, f"--config.{key}")
-        same = [f"--config.{key}" for key in keys if key.rpartition(".")[2] == name]
+        same = [f"--config.{key}" for key in _called(name, keys)]
         if same:
             return f"--{name} is no flag; did you mean {' or '.join(same)}?"
         for key in keys:
-            names.setdefault(key.rpartition(".")[2], f"--config.{key}")
+            names.setdefault(_last(key), f"--config.{key}")
     nearest = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {names[nearest[0]]}?" if nearest else ""
     return f"--{name} is no flag{hint} {HELP}"
@@ -268,11 +268,31 @@ def _config_arguments(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _nearest_key(key: str, known: Sequence[str]) -> str:
-    same = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    group, _, name = key.rpartition(".")
+    same = _called(name, known)
     if same:
         return f"; did you mean {' or '.join(map(repr, same))}?"
+    of_group = [_last(other) for other in known if group and other == f"{group}.{_last(other)}"]
+    nearest = [other for other in of_group if name in other.split("_")]
+    nearest = nearest or difflib.get_close_matches(name, of_group, n=1)
+    if nearest:
+        return f"; did you mean {' or '.join(repr(f'{group}.{other}') for other in nearest)}?"
+    if of_group:
+        return f"; {group} has {', '.join(of_group)}"
     nearest = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else "; configs/base.py lists them"
+
+
+def _called(name: str, keys: Sequence[str]) -> list[str]:
+    """The keys whose last part is `name`, or has it as its initials (lr, wd)."""
+    same = [key for key in keys if _last(key) == name]
+    return same or [
+        key for key in keys if "_" in key and "".join(w[0] for w in _last(key).split("_")) == name
+    ]
+
+
+def _last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def _load_config(spec: str) -> ConfigDict:

@@ -279,8 +279,6 @@ def frame_number(name: str) -> int | None:
 
 def _missing_data_message(data_dir: Path, name: str) -> str:
     message = f"dataset.data_dir: there is no folder {data_dir}"
-    if name == "gestures":
-        return f"{message}; draw them with python -m input_pipeline.gestures --output={data_dir}"
     if name != "jester":
         return message
     return (

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw
 
+import input_pipeline
 from input_pipeline import jester
 from input_pipeline.transforms import decode_image, resize_array
 from rvit_jax.command import ArgumentError, parse, run, start
@@ -74,6 +75,8 @@ def _work(argv: list[str]) -> None:
         check_output_file(output)
     dataset = values.config.dataset
     data_dir = Path(dataset.data_dir).expanduser()
+    if dataset.name == "gestures" and not data_dir.is_dir():
+        raise FileNotFoundError(input_pipeline.how_to_draw(values.config))
     split = jester.read_split(data_dir, values.split, tuple(dataset.classes), name=dataset.name)
     if split.labels is None:
         raise ArgumentError(f"the {values.split} split has no labels: name another with --split")

@@ -70,6 +70,11 @@ def no_work(monkeypatch):
         ([GESTURES, "--config.dataset.dir=x"], "'dataset.dir'; did you mean 'dataset.data_dir'?"),
         ([GESTURES, "--config.dataset.dir", "x"], "did you mean 'dataset.data_dir'?"),
         ([GESTURES, "--config.learning_rate=1"], "did you mean 'optimizer.learning_rate'?"),
+        ([GESTURES, "--config.optimizer.lr=1"], "did you mean 'optimizer.learning_rate'?"),
+        ([GESTURES, "--config.wd=1"], "did you mean 'optimizer.weight_decay'?"),
+        ([GESTURES, "--lr=1"], "did you mean --config.optimizer.learning_rate?"),
+        ([GESTURES, "--config.optimizer.rate=1"], "did you mean 'optimizer.learning_rate'?"),
+        ([GESTURES, "--config.mesh.xyz=1"], "has no key 'mesh.xyz'; mesh has data, fsdp"),
         ([GESTURES, "--config.xyz=1"], "has no key 'xyz'; configs/base.py lists them"),
         ([GESTURES, "--config.model=1"], "is a group of keys: name one of them, such as --config."),
         ([GESTURES, "--config.batch_size=abc"], "--config.batch_size=abc: expected a whole number"),
@@ -230,11 +235,15 @@ def test_run_export_says_how_it_is_called():
 # ---- what is there is not what was meant ----
 
 
-def test_check_says_how_to_draw_the_gestures_of_the_config(capsys, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [(check.main, "--splits=validation"), (contact_sheet.main, "--output=a.jpg")],
+)
+def test_how_to_draw_the_gestures_of_the_config_is_said(capsys, tmp_path, command, more):
     where = f"--config.dataset.data_dir={tmp_path / 'a b'}"
     for variant, classes, train_clips in (("", "time", 24_576), (":all", "all", 32_768)):
-        argv = [GESTURES + variant, where, "--splits=validation"]
-        line = refused(capsys, check.main, argv, 1)
+        argv = [GESTURES + variant, where, more]
+        line = refused(capsys, command, argv, 1)
         assert "Jester" not in line
         said = re.search(r"python -m input_pipeline\.gestures (.*) \(--debug", line)
         parsed = gestures._parse_arguments(shlex.split(said[1]))

@@ -75,6 +75,14 @@ def test_another_set_is_used_and_said(config, drawn, caplog):
     assert "seed 5 (the config's: 6), 3 train clips (the config's: 4)" in record.getMessage()
 
 
+def test_a_set_of_more_classes_is_used_and_said(config, drawn, caplog):
+    input_pipeline.get_dataset(config, "train")
+    config.dataset.classes = CLASSES[:2]  # the clips of the others are left out
+    assert input_pipeline.get_dataset(config, "train").num_clips < 3
+    (record,) = (r for r in caplog.records if "drawn with" in r.getMessage())
+    assert "drawn with 3 classes (the config's: 2 of them);" in record.getMessage()
+
+
 def test_other_processes_wait_for_the_first(config, drawn, monkeypatch):
     monkeypatch.setattr(input_pipeline, "_GENERATION_LIMIT_S", 0.0)
     with pytest.raises(FileNotFoundError, match=r"process 0 did not finish .* draw it beforehand"):
