@@ -184,7 +184,6 @@ def define_flags(argv: list[str]) -> flags.FlagValues:
     for name, what in (
         ("quick", "Fewer, smaller measurements; no torch.compile."),
         ("no_torch_compile", "Leave torch.compile out: it takes minutes."),
-        ("debug", "Show the traceback of an error."),
     ):
         flags.DEFINE_bool(name, False, what, flag_values=values)
     flags.DEFINE_list("dtype", ["float32"], f"Out of {', '.join(DTYPES)}.", flag_values=values)
